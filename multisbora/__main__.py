@@ -1,0 +1,5 @@
+"""`python -m multisbora` is `multisbora`."""
+
+from .cli import main
+
+main()

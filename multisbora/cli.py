@@ -1,0 +1,374 @@
+"""The command line: arguments in, exit codes out. What a command does lies in the module it calls."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Optional
+
+import typer
+
+from .errors import MultisboraError, UsageError, VerificationError
+
+app = typer.Typer(
+    help="Train many tasks apart, each in its own region of one base model, and merge any of them exactly.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")]
+Model = Annotated[Optional[str], typer.Option("--model", help="Base model: a hub id or a folder.")]
+Tasks = Annotated[Optional[str], typer.Option("--tasks", help="Task names, separated by commas.")]
+Task = Annotated[str, typer.Option("--task", help="Name of the task.")]
+VariantOption = Annotated[Optional[str], typer.Option("--variant", help="fa owns columns, fb owns rows.")]
+Rank = Annotated[Optional[int], typer.Option("--rank", help="Columns or rows that a task owns of each matrix.")]
+Targets = Annotated[
+    Optional[str], typer.Option("--targets", help="Target modules, separated by commas, or all-linear.")
+]
+Composition = Annotated[
+    Optional[str], typer.Option("--composition", help="Name of the set of tasks that may be merged together.")
+]
+Set = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", metavar="KEY=VALUE", help="Another value for a key of the recipe, e.g. training.epochs=1."),
+]
+Output = Annotated[Path, typer.Option("--output", help="Folder to make.")]
+
+
+def _split(names: str | None) -> list[str] | None:
+    if names is None:
+        return None
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    if not found:
+        raise UsageError(f"{names!r} names nothing: separate names with commas")
+    return found
+
+
+def _targets(text: str | None) -> Any:
+    return "all-linear" if text == "all-linear" else _split(text)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _show(result: Any, as_json: bool, lines: Iterable[str]) -> None:
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        for line in lines:
+            print(line)
+
+
+def _table(rows: Sequence[Sequence[object]]) -> list[str]:
+    """Rows of equal length as aligned lines; the first is the heading. Numbers stand on the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [isinstance(cell, int | float) for cell in rows[-1]]
+    return [
+        "  ".join(
+            c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def _quiet_libraries() -> None:
+    """On the command line, what libraries say about their own future is nobody's business."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Option("--model", help="Base model: a hub id or a folder.")],
+    variant: VariantOption = None,
+    rank: Rank = None,
+    targets: Targets = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Make a project in this folder: write multisbora.yaml."""
+    from .commands import new_project
+
+    project = new_project(model, say=_say, variant=variant, rank=rank, targets=_targets(targets))
+    if dry_run:
+        print(project.text(), end="")
+    else:
+        print(f"wrote {project.write()}: next, `multisbora allocate --tasks ...`")
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the geometry cards: base models that can be planned and allocated without fetching them."""
+    from .geometry import card_names, from_card
+
+    cards = {name: from_card(name) for name in card_names()}
+    rows = [("card", "model", "matrices", "kinds")]
+    rows += [(name, card.model, len(card.matrices), " ".join(card.kinds())) for name, card in cards.items()]  # type: ignore[misc]
+    _show(
+        {name: {"model": c.model, "matrices": len(c.matrices), "kinds": list(c.kinds())} for name, c in cards.items()},
+        as_json,
+        _table(rows),
+    )
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    tasks: Tasks = None,
+    variant: VariantOption = None,
+    rank: Rank = None,
+    targets: Targets = None,
+    composition: Composition = None,
+    as_json: Json = False,
+) -> None:
+    """Say what tasks would cost and how many more fit. Writes nothing; with --model it needs no project."""
+    from .commands import plan_tasks
+    from .project import Project
+
+    flags = {"variant": variant, "rank": rank, "targets": _targets(targets), "composition": composition}
+    found = plan_tasks(Project.load_or_default(model=model, **flags), _split(tasks), say=_say)
+    lines = [
+        f"{found.model}: {found.variant} rank {found.rank} on {len(found.matrices)} matrices",
+        f"trainable parameters a task  {found.trainable_parameters:>13,}  ({found.trainable_parameters / 1e6:.1f}M)",
+        f"a LoRA of the same rank      {found.lora_parameters:>13,}  ({found.lora_parameters / 1e6:.1f}M)",
+        f"adapter bytes a task         {found.adapter_bytes:>13,}",
+        f"tasks that still fit         {found.capacity_tasks:>13,}",
+    ]
+    _show(found.to_json(), as_json, lines)
+    found.require_capacity()
+
+
+@app.command()
+def allocate(
+    tasks: Annotated[str, typer.Option("--tasks", help="Task names, separated by commas.")],
+    variant: VariantOption = None,
+    rank: Rank = None,
+    targets: Targets = None,
+    composition: Composition = None,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Give each task its own region of every target matrix. Again gives the same; all tasks or none."""
+    from .commands import allocate_tasks
+    from .project import Project
+
+    project = Project.load(variant=variant, rank=rank, composition=composition)
+    found = allocate_tasks(project, _split(tasks) or [], _targets(targets), dry_run=dry_run, say=_say)
+    rows = [("task", "variant", "rank", "matrices", "indices")]
+    rows += [
+        (name, c.variant, c.rank, len(c.regions), sum(r.rank for r in c.regions.values()))  # type: ignore[misc]
+        for name, c in found.tasks.items()
+    ]
+    _show(found.to_json(), as_json, _table(rows))
+
+
+@app.command()
+def status(composition: Composition = None, as_json: Json = False) -> None:
+    """Say who owns what, what is trained, and what is free."""
+    from . import commands
+    from .project import Project
+
+    found = commands.status(Project.load(composition=composition))
+    rows = [("task", "variant", "rank", "matrices", "adapter")]
+    rows += [(t, s["variant"], s["rank"], s["matrices"], s["adapter"]) for t, s in found["tasks"].items()]
+    axes = [("kind", "axis", "size", "claimed", "free")]
+    axes += [(f["kind"], f["axis"], f["size"], f["claimed"], f["free"]) for f in found["free"]]
+    heading = f"{found['model']}, composition {found['composition']}"
+    nothing = ["no task holds claims: `multisbora allocate --tasks ...`"]
+    _show(found, as_json, [heading, "", *(_table(rows) if found["tasks"] else nothing), "", *_table(axes)])
+
+
+@app.command()
+def release(task: Task, composition: Composition = None, as_json: Json = False, dry_run: DryRun = False) -> None:
+    """Give a task's claims back. Its adapter and the registry's history stay."""
+    from . import commands
+    from .project import Project
+
+    left = commands.release(Project.load(), task, composition, dry_run=dry_run)
+    verb = "would give back" if dry_run else "gave back"
+    _show({"task": task, "compositions": list(left)}, as_json, [f"{verb} the claims of {task} in {', '.join(left)}"])
+
+
+@app.command()
+def train(
+    task: Task,
+    max_steps: Annotated[Optional[int], typer.Option("--max-steps", help="Optimizer steps, in place of epochs.")] = None,
+    composition: Composition = None,
+    set_: Set = None,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train one task alone, into adapters/TASK. An interrupted run goes on by itself."""
+    from .commands import train_task
+    from .project import Project
+
+    overrides = [*(set_ or []), *([f"training.max_steps={max_steps}"] if max_steps is not None else [])]
+    project = Project.load(composition=composition)
+    found = train_task(project, task, overrides, dry_run=dry_run, say=_say, quiet=_quiet_libraries)
+    line = f"{found.steps} steps, {found.tokens:,} tokens, {found.trainable_parameters:,} trainable parameters"
+    if dry_run:
+        _show(found.to_json(), as_json, [f"{found.adapter} would be trained: {line}"])
+    else:
+        _show(found.to_json(), as_json, [f"{found.adapter}: {line}, loss {found.loss:.4f}, {found.seconds:.0f} s"])
+
+
+@app.command()
+def merge(
+    output: Output,
+    tasks: Tasks = None,
+    weight: Annotated[
+        Optional[list[str]], typer.Option("--weight", metavar="TASK=LAMBDA", help="Weight of one task; 1 if not given.")
+    ] = None,
+    composition: Composition = None,
+    allow_base_mismatch: Annotated[
+        bool, typer.Option("--allow-base-mismatch", help="Merge adapters that were trained on another base.")
+    ] = False,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Compose trained tasks into one plain checkpoint. Without --tasks: all tasks of the composition."""
+    from .commands import merge_tasks
+    from .project import Project
+
+    receipt = merge_tasks(
+        Project.load(composition=composition),
+        _split(tasks),
+        _weights(weight or []),
+        output,
+        allow_base_mismatch=allow_base_mismatch,
+        dry_run=dry_run,
+        say=_say,
+    )
+    rows = [("task", "lambda", "variant", "cells owned", "cells changed")]
+    rows += [
+        (name, t.weight, t.variant, t.cells, "-" if t.cells_changed is None else t.cells_changed)  # type: ignore[misc]
+        for name, t in receipt.tasks.items()
+    ]
+    end = f"would write {output}" if dry_run else f"wrote {output}: prove it with `multisbora verify {output}`"
+    _show(receipt.to_json(), as_json, [*_table(rows), end])
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="A merged checkpoint.")],
+    base: Annotated[Optional[str], typer.Option("--base", help="Base model, if not the project's.")] = None,
+    adapter: Annotated[
+        Optional[list[Path]], typer.Option("--adapter", help="Adapter folder, if not the project's; once a task.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove a merged checkpoint against its base and adapters. Exit code 3 and the first wrong cell if it is wrong."""
+    from .commands import verify_merged
+
+    proof = verify_merged(path, base, adapter, say=_say)
+    lines = [
+        f"{proof.tensors} tensors, {proof.cells_changed:,} cells changed, "
+        f"{proof.cells_outside_regions} of them outside the tasks' regions"
+    ]
+    _show(proof.to_json(), as_json, [*lines, *([f"{path} is what its base and adapters make it"] if proof.ok else [])])
+    if not proof.ok:
+        raise VerificationError(f"{path} does not hold: {proof.problem}")
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A base model, a merged checkpoint or an adapter folder.")],
+    tasks: Annotated[str, typer.Option("--tasks", help="Task names, separated by commas.")],
+    method: Annotated[str, typer.Option("--method", help="generate, or choice (likelihood of options).")] = "generate",
+    limit: Annotated[Optional[int], typer.Option("--limit", help="Rows a task, the same for every model.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts generated at a time.")] = 16,
+    num_beams: Annotated[Optional[int], typer.Option("--num-beams", help="Beams, if not the recipe's.")] = None,
+    max_new_tokens: Annotated[
+        Optional[int], typer.Option("--max-new-tokens", help="Tokens to generate, if not the recipe's.")
+    ] = None,
+    set_: Set = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print every prompt and answer to stderr.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score a base model, an adapter or a merged checkpoint on tasks: answers, and NLL of the right ones."""
+    from .commands import evaluate_path
+
+    found = evaluate_path(
+        path,
+        _split(tasks) or [],
+        set_ or [],
+        quiet=_quiet_libraries,
+        say=_say,
+        method=method,
+        limit=limit,
+        batch_size=batch_size,
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+        verbose=verbose,
+    ).to_json()
+    rows: list[tuple[object, ...]] = [("task", "subset", "n", "score", "nll")]
+    for task, scores in found["tasks"].items():
+        rows += [(task, s, v["n"], *map(_figure, (v["score"], v["nll"]))) for s, v in scores["subsets"].items()]
+        rows += [(task, "all", scores["n"], *map(_figure, (scores["score"], scores["nll"])))]
+    _show(found, as_json, _table(rows))
+
+
+@app.command()
+def export(
+    task: Task,
+    output: Output,
+    format: Annotated[str, typer.Option("--format", help="peft-lora: a plain LoRA for stock PEFT, vLLM and others.")],
+    dry_run: DryRun = False,
+) -> None:
+    """Write a task's adapter in the format of another tool."""
+    from .commands import export_task
+    from .project import Project
+
+    export_task(Project.load(), task, format, output, dry_run=dry_run, say=_say)
+    print(f"would write {output}" if dry_run else f"wrote {output}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", help="Folder to make.")] = Path("multisbora-demo"),
+    as_json: Json = False,
+) -> None:
+    """The whole of it on a small model: two tasks trained apart, merged, proven, scored. Takes some minutes."""
+    from .demo.run import run_demo
+
+    found = run_demo(output, say=_say)
+    _show(found.to_json(), as_json, found.lines())
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _weights(given: list[str]) -> dict[str, float]:
+    weights = {}
+    for text in given:
+        task, _, number = text.partition("=")
+        try:
+            weights[task] = float(number)
+        except ValueError:
+            raise UsageError(f"--weight {text!r} is not TASK=LAMBDA, for example math=0.8") from None
+    return weights
+
+
+def main() -> NoReturn:
+    """Run the command line. Errors that have a reason end in one line on stderr and the exit code of their kind."""
+    try:
+        app(prog_name="multisbora")
+    except MultisboraError as error:
+        print(f"multisbora: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"multisbora: {error}", file=sys.stderr)
+        sys.exit(MultisboraError.exit_code)
+    sys.exit(0)

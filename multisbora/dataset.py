@@ -1,0 +1,244 @@
+"""From a recipe's rows to token batches without padding and without logits that nobody needs.
+
+An example is prompt + answer + end-of-sequence. A batch is its examples laid end to end in one sequence, with position
+ids that start anew at each example: transformers builds the block-diagonal mask from them. The model computes logits
+at `logits_to_keep` alone, the positions that predict an answer token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .errors import DataError
+from .recipe import Recipe, Source
+
+_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids of one example; those from `answer_start` on are what the model learns or is scored on."""
+
+    input_ids: list[int]
+    answer_start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Examples, and what became of the other rows.
+
+    Attributes:
+        truncated: rows that the cutoff cut, `shown` is one of them.
+        dropped: those of them that had no room for a single answer token, and are no examples.
+        empty: rows whose target is empty, and are no examples.
+    """
+
+    examples: list[Example]
+    truncated: int
+    dropped: int
+    empty: int
+    shown: str
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(example.input_ids) for example in self.examples)
+
+
+def load_rows(sources: Sequence[Source]) -> list[tuple[str | None, Row]]:
+    """All rows of some sources, each with its source's `subset`.
+
+    Raises:
+        DataError: a file is missing or unreadable, a hub id cannot be fetched, or there is no row.
+    """
+    rows = [(source.subset, row) for source in sources for row in _read(source)]
+    if not rows:
+        raise DataError(f"{', '.join(source.path for source in sources)}: no rows")
+    return rows
+
+
+def _read(source: Source) -> list[Row]:
+    import datasets
+
+    suffix = Path(source.path.partition("?")[0]).suffix.lower()
+    remote = "://" in source.path
+    file = Path(source.path).expanduser()
+    if not remote and (suffix in _FORMATS or source.path.startswith((".", "/", "~"))):
+        if not file.is_file():
+            raise DataError(f"data file {source.path} does not exist (paths are relative to {Path.cwd()})")
+        if suffix not in _FORMATS:
+            raise DataError(f"data file {source.path} is none of {', '.join(_FORMATS)}")
+    with _quiet(datasets):
+        try:
+            if suffix in _FORMATS and (remote or file.is_file()):
+                path = source.path if remote else str(file)
+                found = datasets.load_dataset(_FORMATS[suffix], data_files=path, split="train")
+            else:
+                found = datasets.load_dataset(source.path, source.config, split=source.split)
+        except Exception as error:  # datasets lets every kind of error of its readers and of the network through
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            raise DataError(f"data source {source.path} cannot be read: {reason}") from None
+    return [dict(row) for row in found]
+
+
+@contextlib.contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def encode(recipe: Recipe, rows: Sequence[Row], tokenizer: Any, cutoff: int | None = None) -> Encoded:
+    """Tokenise rows. Prompt and answer are tokenised apart, so that their boundary is the same in training and in use.
+
+    Args:
+        cutoff: tokens an example may have; None keeps all.
+
+    Raises:
+        DataError: a row lacks a field, or the tokenizer has no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"the tokenizer of this base model has no end-of-sequence token, which recipe {recipe.name} needs")
+    examples, truncated, dropped, empty, shown = [], 0, 0, 0, ""
+    for number, row in enumerate(rows, 1):
+        prompt, target = recipe.fill(row, f"row {number} of task {recipe.name}")
+        if not target.strip():
+            empty += 1
+            continue
+        prompt_ids = tokenizer(prompt).input_ids
+        ids = [*prompt_ids, *tokenizer(target, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        if cutoff is not None and len(ids) > cutoff:
+            truncated += 1
+            shown = shown or f"row {number} has {len(ids)} tokens: {' '.join((prompt + target).split())[-80:]!r}"
+            if len(prompt_ids) >= cutoff:
+                dropped += 1
+                continue
+            ids = ids[:cutoff]
+        examples.append(Example(ids, len(prompt_ids)))
+    return Encoded(examples, truncated, dropped, empty, shown)
+
+
+def check_examples(encoded: Encoded, recipe: Recipe, say: Any) -> None:
+    """Say how many rows are empty or cut, and show one that is.
+
+    Raises:
+        DataError: more than the recipe allows, or nothing left.
+    """
+    total = len(encoded.examples) + encoded.dropped
+    if encoded.empty:
+        say(f"task {recipe.name}: {encoded.empty} rows have an empty {recipe.target} and are left out")
+    if not encoded.examples:
+        raise DataError(
+            f"task {recipe.name}: no row is left to train on: none has both a {recipe.target} "
+            f"and a prompt below the cutoff of {recipe.training.cutoff} tokens"
+        )
+    if not encoded.truncated:
+        return
+    share = encoded.truncated / total
+    counted = f"task {recipe.name}: {encoded.truncated} of {total} examples ({share:.1%}) exceed {recipe.training.cutoff} tokens"
+    if share > recipe.training.max_truncated:
+        raise DataError(
+            f"{counted}, more than training.max_truncated {recipe.training.max_truncated:.1%} "
+            f"({encoded.shown}): raise training.cutoff, or max_truncated"
+        )
+    say(f"{counted} and are cut ({encoded.dropped} left out whole); {encoded.shown}")
+
+
+def overlap(recipe: Recipe, train: Sequence[Row], test: Sequence[Row]) -> int:
+    """How many test rows have a prompt that also occurs in training, white space and case aside."""
+    seen = {_normal(recipe.fill(row, "training row")[0]) for row in train}
+    return sum(_normal(recipe.fill(row, "test row")[0]) in seen for row in test)
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def pack(examples: Sequence[Example]) -> dict[str, Any]:
+    """One batch without padding.
+
+    Returns:
+        input_ids, position_ids: (1, tokens). logits_to_keep: (answer tokens,), positions in the sequence whose logits
+        predict an answer token. labels: (1, answer tokens), the tokens they predict. All int64. example_lengths: tokens
+        of each example, for `attention.packed_attention`.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    keep: list[int] = []
+    labels: list[int] = []
+    for example in examples:
+        keep += range(len(ids) + example.answer_start - 1, len(ids) + len(example.input_ids) - 1)
+        labels += example.input_ids[example.answer_start :]
+        positions += range(len(example.input_ids))
+        ids += example.input_ids
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "logits_to_keep": torch.tensor(keep),
+        "labels": torch.tensor([labels]),
+        "example_lengths": [len(example.input_ids) for example in examples],
+    }
+
+
+def pad(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """One padded batch, for models that cannot tell packed examples apart.
+
+    Returns:
+        input_ids, attention_mask: (batch, longest). labels: (batch, longest), the next token where it belongs to the
+        answer, -100 elsewhere, so that they line up with the logits as in `pack`. Padding is on the right.
+    """
+    longest = max(len(example.input_ids) for example in examples)
+    shape = (len(examples), longest)
+    batch = {
+        "input_ids": torch.full(shape, pad_id),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.full(shape, -100),
+    }
+    for row, example in enumerate(examples):
+        length, start = len(example.input_ids), example.answer_start
+        batch["input_ids"][row, :length] = torch.tensor(example.input_ids)
+        batch["attention_mask"][row, :length] = 1
+        batch["labels"][row, start - 1 : length - 1] = torch.tensor(example.input_ids[start:])
+    return batch
+
+
+@torch.no_grad()
+def packs(model: PreTrainedModel) -> bool:
+    """Whether a model keeps packed examples apart: asked of the model itself, with two short sequences.
+
+    Compares the logits of two sequences in one packed batch with those of the second one alone.
+    """
+    mode = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    one, two = Example([5, 6, 7, 8, 9], 1), Example([4, 3, 2, 1], 1)
+    try:
+        alone, both = (
+            model(
+                **{k: v.to(device) if isinstance(v, Tensor) else v for k, v in pack(batch).items() if k != "labels"},
+                use_cache=False,
+            ).logits[0]
+            for batch in ([two], [one, two])
+        )
+    except TypeError:  # a model without position_ids or logits_to_keep
+        return False
+    finally:
+        model.train(mode)
+    if both.shape[0] != alone.shape[0] + len(one.input_ids) - one.answer_start:
+        return False
+    alone, both = alone.float(), both[-alone.shape[0] :].float()
+    # Attention that leaks from one example into the next moves logits by far more than rounding does.
+    bound = 1e-3 if model.dtype == torch.float32 else 3e-2
+    return bool((both - alone).norm() <= bound * alone.norm())

@@ -1,0 +1,1 @@
+"""The embedded example: two small tasks on data that multisbora makes itself."""

@@ -1,0 +1,476 @@
+"""Compose trained tasks into one plain checkpoint, and say in a receipt what was composed.
+
+One pass over the base's files: what no task owns is copied byte for byte, owned cells are patched in fp32 and rounded
+once. No cell has two owners, so the order of the adapters cannot matter. In memory lie one tensor and the adapters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from .adapter import Adapter, AdapterModule
+from .checkpoint import (
+    CARD_FILE,
+    PATCHABLE,
+    RECEIPT_FILE,
+    Checkpoint,
+    FileDigest,
+    check_output,
+    copy_file,
+    copy_patched,
+    fingerprint,
+    publish,
+)
+from .delta import delta
+from .errors import AdapterError, CheckpointError, GeometryError, MergeError, UsageError
+from .geometry import Geometry, Matrix, from_checkpoint
+from .region import Region
+
+_FORMAT = 1
+_FLAT_LIST = re.compile(r"\[\s+(-?\d+(?:,\s+-?\d+)*)\s+\]")
+
+
+@dataclass(frozen=True, slots=True)
+class MergedRegion:
+    """What a merge did in one matrix for one task: the cells, and s of `delta` (lambda is the task's)."""
+
+    region: Region
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class MergedTask:
+    """One task of a merge.
+
+    Attributes:
+        weight: lambda. At 0 the base's bytes stay.
+        variant: "fa" or "fb".
+        composition, claim_digest: as the adapter records them.
+        adapter_digest: sha256 (hex) of the adapter's safetensors file.
+        cells: number of cells that it owns.
+        cells_changed: number of them whose bits differ from the base's; None in a dry run.
+        regions: module name -> cells and scaling.
+    """
+
+    weight: float
+    variant: str
+    composition: str | None
+    claim_digest: str | None
+    adapter_digest: str
+    cells: int
+    cells_changed: int | None
+    regions: dict[str, MergedRegion]
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a merged checkpoint is made of: `multisbora_receipt.json`. The same merge gives the same bytes.
+
+    Attributes:
+        base_model: name of the base model, without folders.
+        base_fingerprint: of the base's adaptable tensors (sha256, hex).
+        base_checked: whether every adapter was trained on this very base.
+        tasks: task name -> what was merged.
+        files: name -> digest of every other file of the checkpoint; in a dry run only the sizes.
+        tensors_changed: stored tensors that hold cells of a task whose lambda is not 0.
+        scores: what `evaluate` adds; empty after a merge.
+    """
+
+    base_model: str
+    base_fingerprint: str
+    base_checked: bool
+    tasks: dict[str, MergedTask]
+    files: dict[str, FileDigest]
+    tensors_changed: tuple[str, ...]
+    scores: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cells_owned(self) -> int:
+        return sum(task.cells for task in self.tasks.values())
+
+    @property
+    def cells_changed(self) -> int | None:
+        counts = [task.cells_changed for task in self.tasks.values()]
+        return None if None in counts else sum(cast(list[int], counts))
+
+    def to_json(self) -> dict[str, Any]:
+        """The receipt's file as plain JSON values."""
+        return {
+            "format": _FORMAT,
+            "base": {"model": self.base_model, "fingerprint": self.base_fingerprint, "checked": self.base_checked},
+            "tasks": {name: _task_json(task) for name, task in self.tasks.items()},
+            "files": {name: {"sha256": file.sha256, "size": file.size} for name, file in self.files.items()},
+            "tensors_changed": list(self.tensors_changed),
+            "cells_changed": self.cells_changed,
+            "cells_owned": self.cells_owned,
+            "scores": self.scores,
+        }
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write the receipt into a checkpoint folder, whole or not at all.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        text = json.dumps(self.to_json(), indent=1, sort_keys=True, allow_nan=False)
+        text = _FLAT_LIST.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text)  # one line a list of indices
+        path = Path(folder) / RECEIPT_FILE
+        partial = path.with_name(f".{RECEIPT_FILE}.{os.getpid()}.partial")
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> Receipt:
+        """Read the receipt of a merged checkpoint.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged or of a later format.
+        """
+        path = Path(folder) / RECEIPT_FILE
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path} does not exist: only a checkpoint that `merge` wrote has a receipt"
+            ) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}; merge again") from None
+        if isinstance(content, dict) and content.get("format") != _FORMAT:
+            raise CheckpointError(f"{path} has format {content.get('format')!r}, not {_FORMAT}: update multisbora")
+        try:
+            return cls(
+                base_model=content["base"]["model"],
+                base_fingerprint=content["base"]["fingerprint"],
+                base_checked=content["base"]["checked"],
+                tasks={name: _task(entry) for name, entry in content["tasks"].items()},
+                files={name: FileDigest(entry["sha256"], entry["size"]) for name, entry in content["files"].items()},
+                tensors_changed=tuple(content["tensors_changed"]),
+                scores=content["scores"],
+            )
+        except (KeyError, TypeError, AttributeError, UsageError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}): merge again") from None
+
+
+def merge(
+    base: str | os.PathLike[str],
+    adapters: Sequence[str | os.PathLike[str]],
+    weights: Mapping[str, float] | None = None,
+    *,
+    output: str | os.PathLike[str],
+    geometry: Geometry | None = None,
+    claims: Mapping[str, str] | None = None,
+    allow_base_mismatch: bool = False,
+    dry_run: bool = False,
+) -> Receipt:
+    """Write one checkpoint with all tasks in it: the base's files, with each task's cells at W0 + lambda * s * values.
+
+    Args:
+        base: folder of the base model.
+        adapters: folders of trained adapters, one a task, in any order.
+        weights: task -> lambda, 1 where it is left out.
+        output: folder to make; it appears whole or not at all.
+        geometry: of the base, where it is known already; read from its headers otherwise.
+        claims: task -> digest of the claims that the registry holds now, to refuse an adapter trained on others.
+        allow_base_mismatch: merge adapters that were trained on another base, or that do not say on which.
+        dry_run: check everything and return the receipt as far as it is known, without writing.
+
+    Raises:
+        UsageError: no adapters, or a weight of an unknown task or that is not finite.
+        AdapterError: an adapter is damaged, belongs to another base or to other claims, or does not fit the base.
+        MergeError: two adapters have one name or share a cell, a task changes nothing, or a cell overflows.
+        CheckpointError: the base is unreadable, `output` is taken, or the disk is full.
+    """
+    loaded = _load(adapters)
+    lambdas = _lambdas(loaded, weights or {})
+    _check_claims(loaded, claims or {})
+    checkpoint = Checkpoint.open(base)
+    needed = checkpoint.size()
+    check_output(output, needed)
+    geometry = geometry or from_checkpoint(base)
+    patches = _plan(loaded, lambdas, geometry, checkpoint)
+    base_print = fingerprint(base, geometry)
+    base_checked = all(adapter.base_fingerprint == base_print for adapter in loaded)
+    if not base_checked and not allow_base_mismatch:
+        _refuse_base(loaded, base_print, checkpoint)
+    copied = (*checkpoint.headers, *checkpoint.companions())
+    receipt = Receipt(
+        base_model=_model_name(geometry.model),
+        base_fingerprint=base_print,
+        base_checked=base_checked,
+        tasks={adapter.task: _merged_task(adapter, lambdas[adapter.task], geometry) for adapter in loaded},
+        files={path.name: FileDigest(None, path.stat().st_size) for path in copied},
+        tensors_changed=tuple(sorted(patches)),
+    )
+    if dry_run:
+        return receipt
+    with publish(output, needed) as partial:
+        files = {
+            path.name: copy_patched(path, partial / path.name, header, patches)
+            for path, header in checkpoint.headers.items()
+        }
+        files |= {path.name: copy_file(path, partial / path.name) for path in checkpoint.companions()}
+        changed = _count_changed(loaded, lambdas, patches)
+        tasks = {name: replace(task, cells_changed=changed[name]) for name, task in receipt.tasks.items()}
+        files[CARD_FILE] = _write_card(partial, replace(receipt, tasks=tasks))
+        receipt = replace(receipt, tasks=tasks, files=files)
+        receipt.write(partial)
+    return receipt
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One task's share of one tensor."""
+
+    task: str
+    weight: float
+    module: AdapterModule
+    matrix: Matrix
+
+
+@dataclass(slots=True)
+class _TensorPatch:
+    """Patches one stored tensor, and counts per task the cells whose bits changed."""
+
+    parts: list[_Part]
+    changed: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, stored: np.ndarray) -> None:
+        bits = np.dtype(f"u{stored.dtype.itemsize}")
+        for part in self.parts:
+            region, values = part.module.region, part.module.values
+            matrix = stored.T if part.matrix.orientation == "conv1d" else stored  # (out, in), a view
+            cells, own = _index(region, part.matrix.shape)
+            before = matrix[cells]
+            with np.errstate(over="ignore"):
+                after = before.astype(np.float32) + delta(values[own], part.module.scaling, part.weight)
+                rounded = after.astype(stored.dtype)
+            if not np.all(np.isfinite(rounded)):
+                raise MergeError(
+                    f"{part.task}: {part.matrix.tensor} would hold a value that {stored.dtype} cannot: "
+                    f"lower its weight of {part.weight:g}, or check the base model for NaN"
+                )
+            matrix[cells] = rounded
+            self.changed[part.task] = int(np.count_nonzero(before.view(bits) != rounded.view(bits)))
+
+
+def _index(region: Region, shape: tuple[int, int]) -> tuple[Any, Any]:
+    """(cells of the matrix, cells of the values) that a region owns, as numpy indices."""
+    own = np.array(region.indices)
+    other_size = shape[0] if region.variant == "fa" else shape[1]
+    if not region.excluded:
+        everything = slice(None)
+        return ((everything, own) if region.variant == "fa" else (own, everything)), (everything, everything)
+    other = np.delete(np.arange(other_size), region.excluded)
+    rank = np.arange(region.rank)
+    if region.variant == "fa":
+        return np.ix_(other, own), np.ix_(other, rank)
+    return np.ix_(own, other), np.ix_(rank, other)
+
+
+def _load(folders: Sequence[str | os.PathLike[str]]) -> list[Adapter]:
+    if isinstance(folders, str | os.PathLike):
+        raise UsageError("adapters must be a list of folders, not one folder")
+    if not folders:
+        raise UsageError("there is nothing to merge: give at least one adapter folder")
+    loaded = sorted((Adapter.read(folder) for folder in folders), key=lambda adapter: adapter.task)
+    for one, two in itertools.pairwise(loaded):
+        if one.task == two.task:
+            raise MergeError(f"{one.path} and {two.path} are both task {one.task!r}: merge one of them")
+    return loaded
+
+
+def _lambdas(loaded: list[Adapter], weights: Mapping[str, float]) -> dict[str, float]:
+    names = [adapter.task for adapter in loaded]
+    for task, weight in weights.items():
+        if task not in names:
+            raise UsageError(f"a weight is given for {task!r}, which is not merged: the tasks are {', '.join(names)}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise UsageError(f"the weight of {task} must be a finite number, got {weight!r}")
+    return {name: float(weights.get(name, 1.0)) for name in names}
+
+
+def _check_claims(loaded: list[Adapter], claims: Mapping[str, str]) -> None:
+    for adapter in loaded:
+        if adapter.task not in claims or adapter.claim_digest == claims[adapter.task]:
+            continue
+        if adapter.claim_digest is None:
+            raise AdapterError(f"{adapter.path} was trained without claims, {adapter.task} has some: train it again")
+        raise AdapterError(f"{adapter.path}: the claims of {adapter.task} changed since its training: train it again")
+
+
+def _refuse_base(loaded: list[Adapter], base_print: str, checkpoint: Checkpoint) -> None:
+    wrong = next(adapter for adapter in loaded if adapter.base_fingerprint != base_print)
+    if wrong.base_fingerprint is None:
+        raise AdapterError(
+            f"{wrong.path} does not say which base it was trained on: if {checkpoint.folder} is it, allow the mismatch"
+        )
+    raise AdapterError(
+        f"{wrong.path} was trained on another base than {checkpoint.folder} (fingerprint "
+        f"{wrong.base_fingerprint[:12]}, not {base_print[:12]}): merge it into its own base, or allow the mismatch"
+    )
+
+
+def _plan(
+    loaded: list[Adapter], lambdas: Mapping[str, float], geometry: Geometry, checkpoint: Checkpoint
+) -> dict[str, _TensorPatch]:
+    """What to change in which stored tensor, after every check that needs no weights."""
+    parts: dict[str, list[_Part]] = {}
+    for adapter in loaded:
+        for name, module in adapter.modules.items():
+            matrix = _matrix(adapter, name, module, geometry, checkpoint)
+            parts.setdefault(matrix.tensor, []).append(_Part(adapter.task, lambdas[adapter.task], module, matrix))
+        if lambdas[adapter.task] and not any(np.any(module.values) for module in adapter.modules.values()):
+            raise MergeError(f"{adapter.task} was never trained: every value of {adapter.path} is zero; train it first")
+    for tensor, sharing in parts.items():
+        for one, two in itertools.combinations(sharing, 2):
+            if one.module.region.meets(two.module.region):
+                raise MergeError(
+                    f"{one.task} and {two.task} both own cells of {tensor}: only tasks of one composition can be "
+                    "merged; allocate both in one and train again"
+                )
+    weighted = {tensor: [part for part in sharing if part.weight] for tensor, sharing in parts.items()}
+    return {tensor: _TensorPatch(sharing) for tensor, sharing in weighted.items() if sharing}
+
+
+def _matrix(adapter: Adapter, name: str, module: AdapterModule, geometry: Geometry, checkpoint: Checkpoint) -> Matrix:
+    try:
+        matrix = geometry.find(name)
+        module.region.check(matrix.shape, name)
+    except (GeometryError, UsageError) as error:
+        raise AdapterError(f"{adapter.path} does not fit {geometry.model}: {error}") from None
+    expected = module.region.values_shape(matrix.shape)
+    if module.values.shape != expected:
+        raise AdapterError(
+            f"{adapter.path} does not fit {geometry.model}: {name} has values of shape {list(module.values.shape)}, "
+            f"its matrix needs {list(expected)}"
+        )
+    info = checkpoint.info(matrix.tensor)
+    if info.dtype not in PATCHABLE or info.shape != matrix.stored_shape:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {matrix.tensor} is {info.dtype} {list(info.shape)}, merging needs "
+            f"{', '.join(PATCHABLE)} and {list(matrix.stored_shape)}: use the 16- or 32-bit checkpoint of that model"
+        )
+    return matrix
+
+
+def _count_changed(
+    loaded: list[Adapter], lambdas: Mapping[str, float], patches: Mapping[str, _TensorPatch]
+) -> dict[str, int]:
+    """Cells changed per task; a task that is merged but left no trace would be a base model sold as a merged one."""
+    changed = {
+        adapter.task: sum(patch.changed.get(adapter.task, 0) for patch in patches.values()) for adapter in loaded
+    }
+    for task, count in changed.items():
+        if lambdas[task] and not count:
+            raise MergeError(
+                f"{task} changes no cell: every update at weight {lambdas[task]:g} rounds away in the checkpoint's "
+                "dtype; raise the weight, or use a 32-bit base"
+            )
+    return changed
+
+
+def _merged_task(adapter: Adapter, weight: float, geometry: Geometry) -> MergedTask:
+    return MergedTask(
+        weight=weight,
+        variant=adapter.variant,
+        composition=adapter.composition,
+        claim_digest=adapter.claim_digest,
+        adapter_digest=adapter.digest,
+        cells=sum(module.region.cells(geometry.find(name).shape) for name, module in adapter.modules.items()),
+        cells_changed=None,
+        regions={name: MergedRegion(module.region, module.scaling) for name, module in adapter.modules.items()},
+    )
+
+
+def _task_json(task: MergedTask) -> dict[str, Any]:
+    return {
+        "weight": task.weight,
+        "variant": task.variant,
+        "composition": task.composition,
+        "claim_digest": task.claim_digest,
+        "adapter_digest": task.adapter_digest,
+        "cells": task.cells,
+        "cells_changed": task.cells_changed,
+        "regions": {
+            name: {
+                "indices": list(merged.region.indices),
+                "excluded": list(merged.region.excluded),
+                "scaling": merged.scaling,
+            }
+            for name, merged in task.regions.items()
+        },
+    }
+
+
+def _task(entry: dict[str, Any]) -> MergedTask:
+    regions = {
+        name: MergedRegion(
+            Region(entry["variant"], tuple(region["indices"]), tuple(region["excluded"])), region["scaling"]
+        )
+        for name, region in entry["regions"].items()
+    }
+    return MergedTask(**{**entry, "regions": regions})
+
+
+def _model_name(name: str) -> str:
+    """A hub id or a plain name as it is; of a path only the last part: no receipt tells of a machine's folders."""
+    is_path = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
+    return Path(name).name if is_path else name
+
+
+def _write_card(folder: Path, receipt: Receipt) -> FileDigest:
+    base = receipt.base_model
+    front = [f"base_model: {base}"] if base.count("/") == 1 else []
+    rows = [
+        f"| {name} | {task.weight:g} | {task.variant} | {len(task.regions)} | {task.cells:,} | {task.cells_changed:,} |"
+        for name, task in receipt.tasks.items()
+    ]
+    checked = "" if receipt.base_checked else "\nThe adapters were merged although they name another base, or none.\n"
+    text = f"""---
+{"".join(line + chr(10) for line in front)}tags:
+- multisbora
+- merge
+---
+
+# {base} with {", ".join(receipt.tasks)}
+
+One plain checkpoint: the base model `{base}` plus {len(receipt.tasks)} separately trained task(s). It loads like the
+base; file names, tensor names, shapes, dtypes and the tokenizer are the base's own.
+
+| task | lambda | variant | matrices | cells owned | cells changed |
+| --- | --- | --- | --- | --- | --- |
+{chr(10).join(rows)}
+{checked}
+## How it was made
+
+Each task owns some columns (fa) or rows (fb) of the weight matrices and was trained there alone (SBoRA, arXiv
+2407.05413). Merging wrote `base + lambda * scaling * values` into the cells of each task, computed in fp32 and rounded
+once. No cell has two owners, and every other cell has the base's bits. The tasks still act on each other's activations:
+look at their scores together, not only at their cells.
+
+## How to check it
+
+`{RECEIPT_FILE}` lists tasks, cells and the sha256 of every file. With the base model and the adapters at hand,
+`multisbora verify` on this folder compares every tensor bit by bit and names the first wrong cell.
+"""
+    path = folder / CARD_FILE
+    path.write_text(text, encoding="utf-8", newline="\n")
+    data = path.read_bytes()
+    return FileDigest(hashlib.sha256(data).hexdigest(), len(data))

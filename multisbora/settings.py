@@ -1,0 +1,112 @@
+"""Strict YAML: an unknown key is an error with a suggestion, and all faults of a file come at once, in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import UsageError
+
+
+class Strict(BaseModel):
+    """A frozen settings object that takes the keys it names and no others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Settings = TypeVar("Settings", bound=Strict)
+
+
+def read_yaml(path: Path, kind: type[Settings], overrides: Iterable[str] = (), **given: object) -> Settings:
+    """Read a YAML file into a settings object.
+
+    Args:
+        path: the file; in messages as it was given.
+        overrides: "dotted.key=value" each, the value read as YAML; what `--set` takes.
+        given: keys that the file may leave out, because its place says them (a recipe's name).
+
+    Raises:
+        UsageError: no such file, no valid YAML, or faults in it, all of them named.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must hold `key: value` lines, but holds {type(content).__name__}")
+    for override in overrides:
+        _override(content, override)
+    return check({**given, **content}, kind, str(path))
+
+
+def check(content: dict[str, Any], kind: type[Settings], where: str) -> Settings:
+    """A settings object of `content`; `where` names its source in the message.
+
+    Raises:
+        UsageError: faults, all of them named.
+    """
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        faults = "; ".join(dict.fromkeys(_fault(dict(fault), kind) for fault in error.errors()))
+        raise UsageError(f"{where}: {faults}") from None
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {override!r} is not KEY=VALUE, for example training.learning_rate=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {override!r}: the value is no valid YAML") from None
+    if isinstance(value, str):  # YAML 1.1 wants a dot in 1e-4
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    *parents, last = key.split(".")
+    place = content
+    for parent in parents:
+        inner = place.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            inner = place[parent] = {}
+        place = inner
+    place[last] = value
+
+
+def _fault(fault: dict[str, Any], kind: type[Strict]) -> str:
+    place = [str(part) for part in fault["loc"]]
+    key = ".".join(place)
+    if fault["type"] == "extra_forbidden":
+        known = _keys(kind, place[:-1])
+        near = difflib.get_close_matches(place[-1], known, n=1)
+        return f"unknown key {key}" + (f", did you mean {near[0]}?" if near else f" (known: {', '.join(known)})")
+    if fault["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key}: {fault['msg'].removeprefix('Value error, ')}, got {fault['input']!r}"
+
+
+def _keys(kind: type[Strict], path: list[str]) -> list[str]:
+    """The keys that the settings object at `path` inside `kind` takes."""
+    kinds: list[Any] = [kind]
+    for part in path:
+        inner = [found.model_fields[part].annotation for found in kinds if part in found.model_fields]
+        if inner:
+            kinds = [leaf for annotation in inner for leaf in _leaves(annotation)]
+    return sorted({name for found in kinds for name in found.model_fields})
+
+
+def _leaves(annotation: Any) -> list[type[Strict]]:
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        return [annotation]
+    return [leaf for part in get_args(annotation) for leaf in _leaves(part)]

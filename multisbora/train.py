@@ -1,0 +1,345 @@
+"""Training one task on one base model: transformers' Trainer on the PEFT model, and an adapter folder at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from .attention import use_packed_attention
+from .checkpoint import check_output, fingerprint, publish
+from .dataset import Encoded, check_examples, encode, load_rows, overlap, pack, packs, pad
+from .errors import DataError, TrainingError
+from .geometry import Geometry, from_checkpoint
+from .recipe import Recipe
+from .registry import TaskClaims
+from .tuner import SboraConfig
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+TRAINING_FILE = "training.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run came to. `loss` is the mean over its last logged steps, in nats per answer token; None in a dry run."""
+
+    task: str
+    adapter: Path
+    steps: int
+    tokens: int
+    loss: float | None
+    seconds: float
+    trainable_parameters: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "adapter": str(self.adapter)}
+
+
+def train(
+    recipe: Recipe,
+    base: str | os.PathLike[str],
+    claims: TaskClaims,
+    output: str | os.PathLike[str],
+    *,
+    alpha: float = 64,
+    use_rslora: bool = False,
+    geometry: Geometry | None = None,
+    dry_run: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+) -> TrainResult:
+    """Train one task alone and write its adapter folder.
+
+    The run keeps its checkpoints beside the output, in `<output>.run`, and goes on from the last of them when it is
+    called again with the same settings. They are removed when the adapter is published.
+
+    Args:
+        recipe: data and hyperparameters.
+        base: folder of the base model.
+        claims: what the registry gave to this task; `Registry.task(...)`.
+        output: folder of the adapter to make.
+        alpha, use_rslora: scaling, see SboraConfig.
+        geometry: of the base, where it is known already.
+        dry_run: check base, claims and data, and return the steps and tokens of the run to come without starting it.
+        say: told what a person should know on the way.
+
+    Raises:
+        CheckpointError: the base cannot be read, or `output` is taken.
+        DataError: rows that are missing or do not fit, or too many of them cut off.
+        TrainingError: the claims are another model's, an interrupted run had other settings, or the loss is not finite.
+    """
+    base, output = Path(base), Path(output)
+    check_output(output)
+    geometry = geometry or from_checkpoint(base)
+    if geometry.digest != claims.geometry_digest:
+        raise TrainingError(
+            f"the claims of task {claims.task!r} are for another geometry than that of {base}: "
+            "release and allocate again for this model"
+        )
+    base_print = fingerprint(base, geometry)
+    config = SboraConfig(
+        task_type="CAUSAL_LM",
+        variant=claims.variant,
+        r=claims.rank,
+        alpha=alpha,
+        use_rslora=use_rslora,
+        dropout=recipe.training.dropout,
+        indices={module: list(region.indices) for module, region in claims.regions.items()},
+        excluded={module: list(region.excluded) for module, region in claims.regions.items() if region.excluded},
+        task=claims.task,
+        composition=claims.composition,
+        base_fingerprint=base_print,
+        claim_digest=claims.digest,
+    )
+    encoded = _prepare(recipe, base, say)
+    if dry_run:
+        cells = {m: r.values_shape(geometry.find(m).shape) for m, r in claims.regions.items()}
+        return _expected(recipe, claims.task, output, encoded, sum(rows * columns for rows, columns in cells.values()))
+    run = output.with_name(f"{output.name}.run")
+    settings = {
+        "recipe": recipe.model_dump(mode="json"),
+        "base_fingerprint": base_print,
+        "claim_digest": claims.digest,
+        "alpha": alpha,
+        "use_rslora": use_rslora,
+    }
+    checkpoint = _enter_run(run, settings, say)
+
+    with _quiet_loading():
+        base_model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
+    base_model.config.use_cache = False
+    base_model.name_or_path = claims.model  # PEFT writes it into the adapter: the model's name, not this machine's path
+    if recipe.training.gradient_checkpointing:
+        base_model.gradient_checkpointing_enable({"use_reentrant": False})
+    use_packed_attention(base_model)
+    packed = packs(base_model)
+    if not packed:
+        say("this model cannot keep packed examples apart: batches are padded")
+    model = peft.get_peft_model(base_model, config)
+    pad_id = model.config.pad_token_id or 0
+    metrics = _Metrics(run / METRICS_FILE, recipe.name)
+    trainer = Trainer(
+        model=model,
+        args=_arguments(recipe, run),
+        train_dataset=encoded.examples,
+        data_collator=pack if packed else lambda examples: pad(examples, pad_id),
+        compute_loss_func=answer_loss,
+        callbacks=[metrics],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    result = TrainResult(
+        task=claims.task,
+        adapter=output,
+        steps=trainer.state.global_step,
+        tokens=int(trainer.state.num_input_tokens_seen),
+        loss=metrics.loss,
+        seconds=round(time.monotonic() - started, 1),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
+    if trainer.is_world_process_zero():
+        _publish(model, run, output, settings, result, encoded)
+    return result
+
+
+def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy of the answer tokens, in nats a token, in fp32.
+
+    Args:
+        outputs: of the model, logits (batch, positions, vocabulary).
+        labels: (batch, positions), the token that each position predicts, -100 where there is none.
+        num_items_in_batch: answer tokens of the whole optimizer step, over all its micro-batches and devices.
+    """
+    labels = labels.reshape(-1).to(outputs.logits.device)
+    logits = outputs.logits.reshape(labels.numel(), -1).float()
+    total = F.cross_entropy(logits, labels, reduction="sum")
+    return total / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
+
+
+def _prepare(recipe: Recipe, base: Path, say: Callable[[str], None]) -> Encoded:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = [row for _, row in load_rows(recipe.train)]
+    encoded = encode(recipe, rows, tokenizer, recipe.training.cutoff)
+    check_examples(encoded, recipe, say)
+    try:
+        test = [row for _, row in load_rows(recipe.eval.data)]
+    except DataError as error:
+        say(f"not checked whether test rows are among the training rows: {error}")
+    else:
+        if seen := overlap(recipe, rows, test):
+            say(f"{seen} of {len(test)} test rows of task {recipe.name} are also training rows: their scores say little")
+    return encoded
+
+
+def _expected(recipe: Recipe, task: str, output: Path, encoded: Encoded, parameters: int) -> TrainResult:
+    settings = recipe.training
+    steps_an_epoch = math.ceil(len(encoded.examples) / settings.batch_size)
+    steps = settings.max_steps or math.ceil(settings.epochs * steps_an_epoch)
+    tokens = round(steps / steps_an_epoch * encoded.tokens)
+    return TrainResult(task, output, steps, tokens, None, 0.0, parameters)
+
+
+def _arguments(recipe: Recipe, run: Path) -> TrainingArguments:
+    settings = recipe.training
+    micro = settings.micro_batch_size or settings.batch_size
+    return TrainingArguments(
+        output_dir=str(run),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=settings.batch_size // micro,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim=settings.optimizer,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+        seed=settings.seed,
+        data_seed=settings.seed,
+    )
+
+
+def _enter_run(run: Path, settings: dict[str, Any], say: Callable[[str], None]) -> str | None:
+    """The folder of an interrupted run of the same settings, and its last checkpoint; made where there is none."""
+    kept = run / RUN_FILE
+    if kept.is_file():
+        before = _flat(json.loads(kept.read_text(encoding="utf-8")))
+        after = _flat(settings)
+        changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+        if changed:
+            shown = "; ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in changed[:5])
+            raise TrainingError(
+                f"{run} holds an interrupted run with other settings ({shown}): "
+                "set them back to go on, or delete that folder to start anew"
+            )
+        checkpoint = get_last_checkpoint(str(run))
+        say(f"going on from {checkpoint}" if checkpoint else "an interrupted run left no checkpoint: starting anew")
+        return checkpoint
+    run.mkdir(parents=True, exist_ok=True)
+    partial = kept.with_suffix(".partial")
+    partial.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+    partial.replace(kept)
+    return None
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(settings, dict):
+        return {prefix: settings}
+    return {
+        key: value
+        for name, inner in settings.items()
+        for key, value in _flat(inner, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def _publish(
+    model: peft.PeftModel, run: Path, output: Path, settings: dict[str, Any], result: TrainResult, encoded: Encoded
+) -> None:
+    summary = {
+        **settings,
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "loss": result.loss,
+        "trainable_parameters": result.trainable_parameters,
+        "examples": len(encoded.examples),
+        "truncated": encoded.truncated,
+    }
+    with publish(output) as partial:
+        model.save_pretrained(partial)
+        (partial / TRAINING_FILE).write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        shutil.copyfile(run / METRICS_FILE, partial / METRICS_FILE)
+    shutil.rmtree(run)
+
+
+class _Metrics(TrainerCallback):
+    """A line of JSON a logged step; on a terminal a bar with loss and tokens/s; the end of a run whose loss is not finite."""
+
+    def __init__(self, path: Path, task: str) -> None:
+        self.path, self.task = path, task
+        self.loss = math.nan
+        self._bar: Any = None
+        self._clock = (0.0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._clock = (time.monotonic(), state.num_input_tokens_seen)
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        # A run that was killed may have logged steps after its last checkpoint; they will be logged again.
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.task, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" not in logs:
+            return
+        self.loss = float(logs["loss"])
+        if not math.isfinite(self.loss):
+            raise TrainingError(
+                f"task {self.task}: loss is {self.loss} at step {state.global_step}; "
+                "lower training.learning_rate, or look for broken rows in the training data"
+            )
+        now, tokens = time.monotonic(), int(state.num_input_tokens_seen)
+        speed = (tokens - self._clock[1]) / max(now - self._clock[0], 1e-9)
+        self._clock = (now, tokens)
+        line = {
+            "step": state.global_step,
+            "loss": self.loss,
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "tokens": tokens,
+            "tokens_per_second": round(speed, 1),
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._bar is not None:
+            self._bar.set_postfix({"loss": f"{self.loss:.3f}", "tok/s": f"{speed:.0f}"})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Loading weights draws bars of its own and warns about its own future; neither is the user's business here."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,71 @@
+"""SboraModel: puts SBoRA layers into a base model, as PEFT's other tuners do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UsageError
+from .config import SboraConfig
+from .layer import SboraLayer
+
+
+class SboraModel(BaseTuner):
+    """A base model with SBoRA adapters on its linear layers. Made by `peft.get_peft_model(base, SboraConfig(...))`.
+
+    Attributes:
+        model: the base model, with its target layers replaced.
+        peft_config: {adapter name: SboraConfig}.
+    """
+
+    prefix = "sbora_"
+    tuner_layer_cls = SboraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _create_and_replace(
+        self,
+        config: SboraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(target, SboraLayer):
+            target.update_layer(adapter_name, config, current_key, inference_mode=config.inference_mode)
+            return
+        if isinstance(target, BaseTunerLayer) or not isinstance(target, nn.Linear | Conv1D):
+            raise UsageError(
+                f"{current_key} is a {type(target).__name__}: SBoRA adapts linear layers (nn.Linear, its quantised "
+                "forms, Conv1D); change target_modules"
+            )
+        layer = SboraLayer(target, get_quantization_kwargs(self).get("get_apply_tensor_subclass"))
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, config, current_key, inference_mode=config.inference_mode)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def set_weight(self, adapter_name: str, weight: float) -> None:
+        """Set lambda of one task in every layer. `weight` is 1 after loading.
+
+        Raises:
+            UsageError: no such adapter, or it is merged at present.
+        """
+        if adapter_name not in self.peft_config:
+            raise UsageError(f"no adapter {adapter_name!r}: loaded are {', '.join(self.peft_config)}")
+        for module in self.modules():
+            if isinstance(module, SboraLayer):
+                module.set_weight(adapter_name, weight)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        state = super()._get_adapter_state_dict(*args, **kwargs)
+        # The file format is fp32, also when somebody cast the whole model.
+        return {k: v.to(torch.float32) if ".sbora_values." in k else v for k, v in state.items()}
