@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +11,7 @@ import numpy as np
 from .delta import pattern_value
 from .errors import AllocationError, UsageError
 from .geometry import Geometry, Matrix
-from .region import VARIANTS, Region, Variant, own_axis
+from .region import VARIANTS, Region, Variant, draw, own_axis
 from .registry import DEFAULT_COMPOSITION, Indices, Ledger, Registry, TaskClaims, check_name
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -168,24 +166,8 @@ def _draw(matrix: Matrix, rank: int, variant: Variant, taken: _Taken, key: tuple
     is_free = np.ones(size, bool)
     is_free[mine] = False
     free = np.flatnonzero(is_free)
-    stream = hashlib.shake_256(json.dumps([*key, matrix.module]).encode()).digest(8 * rank)
-    indices = np.sort(free[_places(len(free), rank, stream)]).tolist()
+    indices = np.sort(free[draw(len(free), rank, *key, matrix.module)]).tolist()
     return Region(variant, tuple(indices), tuple(np.sort(taken.get((matrix.module, 1 - axis), _NONE)).tolist()))
-
-
-def _places(size: int, count: int, stream: bytes) -> list[int]:
-    """`count` of range(`size`), without repeats: the first steps of a Fisher-Yates shuffle, 8 bytes of `stream` each.
-
-    Not `random.sample`, whose choices may differ between Python versions.
-    """
-    moved: dict[int, int] = {}
-    chosen = []
-    for step in range(count):
-        number = int.from_bytes(stream[8 * step : 8 * step + 8], "little")
-        place = step + (number * (size - step) >> 64)
-        chosen.append(moved.get(place, place))
-        moved[place] = moved.get(step, step)
-    return chosen
 
 
 def _reuse(ledger: Ledger, held: TaskClaims, composition: str, taken: _Taken) -> TaskClaims:

@@ -37,7 +37,7 @@ def packed_attention(
         (1, tokens, heads, head_dim), and no weights.
     """
     if example_lengths is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     dtype = query.dtype
     if query.device.type == "cpu":
         # The bf16 flash kernel's backward is two to four times slower than the fp32 one on examples of this length.
@@ -47,7 +47,9 @@ def packed_attention(
     for length in example_lengths:
         part = slice(start, start + length)
         mask = _window(length, kwargs.get("sliding_window"), query.device)
-        output, _ = sdpa_attention_forward(module, query[:, :, part], key[:, :, part], value[:, :, part], mask, **kwargs)
+        output, _ = sdpa_attention_forward(
+            module, query[:, :, part], key[:, :, part], value[:, :, part], mask, **kwargs
+        )
         outputs.append(output)
         start += length
     return torch.cat(outputs, dim=1).to(dtype), None

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -22,19 +22,17 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")]
-Model = Annotated[Optional[str], typer.Option("--model", help="Base model: a hub id or a folder.")]
-Tasks = Annotated[Optional[str], typer.Option("--tasks", help="Task names, separated by commas.")]
+Model = Annotated[str | None, typer.Option("--model", help="Base model: a hub id or a folder.")]
+Tasks = Annotated[str | None, typer.Option("--tasks", help="Task names, separated by commas.")]
 Task = Annotated[str, typer.Option("--task", help="Name of the task.")]
-VariantOption = Annotated[Optional[str], typer.Option("--variant", help="fa owns columns, fb owns rows.")]
-Rank = Annotated[Optional[int], typer.Option("--rank", help="Columns or rows that a task owns of each matrix.")]
-Targets = Annotated[
-    Optional[str], typer.Option("--targets", help="Target modules, separated by commas, or all-linear.")
-]
+VariantOption = Annotated[str | None, typer.Option("--variant", help="fa owns columns, fb owns rows.")]
+Rank = Annotated[int | None, typer.Option("--rank", help="Columns or rows that a task owns of each matrix.")]
+Targets = Annotated[str | None, typer.Option("--targets", help="Target modules, separated by commas, or all-linear.")]
 Composition = Annotated[
-    Optional[str], typer.Option("--composition", help="Name of the set of tasks that may be merged together.")
+    str | None, typer.Option("--composition", help="Name of the set of tasks that may be merged together.")
 ]
 Set = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Another value for a key of the recipe, e.g. training.epochs=1."),
 ]
 Output = Annotated[Path, typer.Option("--output", help="Folder to make.")]
@@ -71,9 +69,7 @@ def _table(rows: Sequence[Sequence[object]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = [isinstance(cell, int | float) for cell in rows[-1]]
     return [
-        "  ".join(
-            c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)
-        ).rstrip()
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
         for row in cells
     ]
 
@@ -203,7 +199,7 @@ def release(task: Task, composition: Composition = None, as_json: Json = False, 
 @app.command()
 def train(
     task: Task,
-    max_steps: Annotated[Optional[int], typer.Option("--max-steps", help="Optimizer steps, in place of epochs.")] = None,
+    max_steps: Annotated[int | None, typer.Option("--max-steps", help="Optimizer steps, in place of epochs.")] = None,
     composition: Composition = None,
     set_: Set = None,
     as_json: Json = False,
@@ -228,7 +224,7 @@ def merge(
     output: Output,
     tasks: Tasks = None,
     weight: Annotated[
-        Optional[list[str]], typer.Option("--weight", metavar="TASK=LAMBDA", help="Weight of one task; 1 if not given.")
+        list[str] | None, typer.Option("--weight", metavar="TASK=LAMBDA", help="Weight of one task; 1 if not given.")
     ] = None,
     composition: Composition = None,
     allow_base_mismatch: Annotated[
@@ -262,9 +258,9 @@ def merge(
 @app.command()
 def verify(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="A merged checkpoint.")],
-    base: Annotated[Optional[str], typer.Option("--base", help="Base model, if not the project's.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base model, if not the project's.")] = None,
     adapter: Annotated[
-        Optional[list[Path]], typer.Option("--adapter", help="Adapter folder, if not the project's; once a task.")
+        list[Path] | None, typer.Option("--adapter", help="Adapter folder, if not the project's; once a task.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -283,14 +279,16 @@ def verify(
 
 @app.command("eval")
 def evaluate(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A base model, a merged checkpoint or an adapter folder.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A base model, a merged checkpoint or an adapter folder.")
+    ],
     tasks: Annotated[str, typer.Option("--tasks", help="Task names, separated by commas.")],
     method: Annotated[str, typer.Option("--method", help="generate, or choice (likelihood of options).")] = "generate",
-    limit: Annotated[Optional[int], typer.Option("--limit", help="Rows a task, the same for every model.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Rows a task, the same for every model.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts generated at a time.")] = 16,
-    num_beams: Annotated[Optional[int], typer.Option("--num-beams", help="Beams, if not the recipe's.")] = None,
+    num_beams: Annotated[int | None, typer.Option("--num-beams", help="Beams, if not the recipe's.")] = None,
     max_new_tokens: Annotated[
-        Optional[int], typer.Option("--max-new-tokens", help="Tokens to generate, if not the recipe's.")
+        int | None, typer.Option("--max-new-tokens", help="Tokens to generate, if not the recipe's.")
     ] = None,
     set_: Set = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print every prompt and answer to stderr.")] = False,

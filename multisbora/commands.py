@@ -62,18 +62,22 @@ def allocate_tasks(project: Project, tasks: Sequence[str], targets: Any, dry_run
     if len(set(map(str, wanted.values()))) > 1:
         raise UsageError(f"the recipes of {', '.join(tasks)} name different target modules: allocate them one by one")
     geometry = project.geometry(say)
-    with _for_dry_run(project) if dry_run else Registry.open(project.registry) as registry:
-        return allocate(
-            registry,
-            geometry,
-            list(tasks),
-            variant=project.variant,
-            rank=project.rank,
-            composition=project.composition,
-            target_modules=next(iter(wanted.values())),
-            seed=project.seed,
-            dry_run=dry_run,
-        )
+    settings: dict[str, Any] = {
+        "variant": project.variant,
+        "rank": project.rank,
+        "composition": project.composition,
+        "target_modules": next(iter(wanted.values())),
+        "seed": project.seed,
+    }
+    registry = _existing(project)
+    if registry is None:  # tried in memory first: what cannot be allocated makes no store
+        with Registry.open("sqlite://") as trial:
+            found = allocate(trial, geometry, tasks, **settings)
+        if dry_run:
+            return found
+        registry = Registry.open(project.registry)
+    with registry:
+        return allocate(registry, geometry, tasks, dry_run=dry_run, **settings)
 
 
 def status(project: Project) -> dict[str, Any]:
@@ -105,7 +109,13 @@ def status(project: Project) -> dict[str, Any]:
             claimed = taken.get((tight.module, axis), 0)
             size = tight.shape[axis]
             free.append(
-                {"kind": kind, "axis": ("rows", "columns")[axis], "size": size, "claimed": claimed, "free": size - claimed}
+                {
+                    "kind": kind,
+                    "axis": ("rows", "columns")[axis],
+                    "size": size,
+                    "claimed": claimed,
+                    "free": size - claimed,
+                }
             )
     return {"model": project.model, "composition": project.composition, "tasks": tasks, "free": free}
 
@@ -162,7 +172,9 @@ def merge_tasks(
         claims = registry.claims(project.model, project.composition)
         chosen = list(tasks or claims)
         if not chosen:
-            raise UsageError(f"no task holds claims in composition {project.composition}: `multisbora allocate --tasks ...`")
+            raise UsageError(
+                f"no task holds claims in composition {project.composition}: `multisbora allocate --tasks ...`"
+            )
         digests = {task: registry.task(project.model, task, project.composition).digest for task in chosen}
     for task in chosen:
         if not project.adapter(task).is_dir():
@@ -261,13 +273,10 @@ def _required(project: Project, task: str | None = None) -> Registry:
     registry = _existing(project)
     if registry is None:
         which = f"task {task} holds no claims" if task else "no task holds claims"
-        raise RegistryError(f"{which}, registry {project.registry} does not exist: `multisbora allocate --tasks ...` first")
+        raise RegistryError(
+            f"{which}, registry {project.registry} does not exist: `multisbora allocate --tasks ...` first"
+        )
     return registry
-
-
-def _for_dry_run(project: Project) -> Registry:
-    """The registry to try an allocation on: an empty one in memory where none exists, so that none is made."""
-    return _existing(project) or Registry.open("sqlite://")
 
 
 def _is_missing_file(url: str) -> bool:

@@ -110,7 +110,9 @@ def encode(recipe: Recipe, rows: Sequence[Row], tokenizer: Any, cutoff: int | No
         DataError: a row lacks a field, or the tokenizer has no end-of-sequence token.
     """
     if tokenizer.eos_token_id is None:
-        raise DataError(f"the tokenizer of this base model has no end-of-sequence token, which recipe {recipe.name} needs")
+        raise DataError(
+            f"the tokenizer of this base model has no end-of-sequence token, which recipe {recipe.name} needs"
+        )
     examples, truncated, dropped, empty, shown = [], 0, 0, 0, ""
     for number, row in enumerate(rows, 1):
         prompt, target = recipe.fill(row, f"row {number} of task {recipe.name}")
@@ -126,7 +128,8 @@ def encode(recipe: Recipe, rows: Sequence[Row], tokenizer: Any, cutoff: int | No
                 dropped += 1
                 continue
             ids = ids[:cutoff]
-        examples.append(Example(ids, len(prompt_ids)))
+        # Nothing predicts the first token of an empty prompt's answer where the tokenizer adds no token of its own.
+        examples.append(Example(ids, max(len(prompt_ids), 1)))
     return Encoded(examples, truncated, dropped, empty, shown)
 
 
@@ -147,7 +150,8 @@ def check_examples(encoded: Encoded, recipe: Recipe, say: Any) -> None:
     if not encoded.truncated:
         return
     share = encoded.truncated / total
-    counted = f"task {recipe.name}: {encoded.truncated} of {total} examples ({share:.1%}) exceed {recipe.training.cutoff} tokens"
+    cutoff = recipe.training.cutoff
+    counted = f"task {recipe.name}: {encoded.truncated} of {total} examples ({share:.1%}) exceed {cutoff} tokens"
     if share > recipe.training.max_truncated:
         raise DataError(
             f"{counted}, more than training.max_truncated {recipe.training.max_truncated:.1%} "
@@ -157,9 +161,17 @@ def check_examples(encoded: Encoded, recipe: Recipe, say: Any) -> None:
 
 
 def overlap(recipe: Recipe, train: Sequence[Row], test: Sequence[Row]) -> int:
-    """How many test rows have a prompt that also occurs in training, white space and case aside."""
-    seen = {_normal(recipe.fill(row, "training row")[0]) for row in train}
-    return sum(_normal(recipe.fill(row, "test row")[0]) in seen for row in test)
+    """How many test rows have a prompt that also occurs in training, white space and case aside.
+
+    Raises:
+        DataError: a row lacks a field of the prompt; the target may be missing.
+    """
+    seen = {_prompt(recipe, row, f"training row {number}") for number, row in enumerate(train, 1)}
+    return sum(_prompt(recipe, row, f"test row {number}") in seen for number, row in enumerate(test, 1))
+
+
+def _prompt(recipe: Recipe, row: Row, where: str) -> str:
+    return _normal(recipe.fill({**row, recipe.target: row.get(recipe.target) or ""}, where)[0])
 
 
 def _normal(text: str) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .checkpoint import publish
 from .errors import CheckpointError, UsageError
+from .header import read_headers
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]  # never pickles, never code
@@ -57,7 +58,7 @@ def find_base(model: str, say: Callable[[str], None] = lambda message: None) -> 
         CheckpointError: the model is not on this machine and cannot be fetched.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         return folder
     if model.startswith((".", "/", "~")) or model.count("/") != 1 or folder.exists():
         raise UsageError(f"base model {model!r} is neither a folder on this machine nor a hub id like owner/name")
@@ -68,9 +69,11 @@ def find_base(model: str, say: Callable[[str], None] = lambda message: None) -> 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_FILES, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
+        cached = Path(snapshot_download(model, allow_patterns=_FILES, local_files_only=True))
+        read_headers(cached)
+        return cached
+    except (LocalEntryNotFoundError, CheckpointError):
+        pass  # not there, or without its weights: an interrupted fetch, or another tool wanted the tokenizer alone
     except HFValidationError as error:
         raise UsageError(f"base model {model!r} is no hub id: {error}") from None
     try:

@@ -36,7 +36,7 @@ class Source(Strict):
 
 
 def _sources(value: Any) -> Any:
-    values = value if isinstance(value, list) else [value]
+    values = value if isinstance(value, list | tuple) else [value]
     return [{"path": item} if isinstance(item, str) else item for item in values]
 
 
@@ -152,15 +152,19 @@ def fields_of(template: str) -> set[str]:
     Raises:
         ValueError: braces that do not match, or a field that is no plain name.
     """
-    names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-    odd = sorted(name for name in names if not name.isidentifier())
-    if odd:
-        raise ValueError(f"{{{odd[0]}}} is no plain field name; write a literal brace as {{{{ or }}}}")
+    names = set()
+    for _, name, form, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name.isidentifier() or form or conversion:
+            shown = name + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+            raise ValueError(f"{{{shown}}} is no plain field name; write a literal brace as {{{{ or }}}}")
+        names.add(name)
     return names
 
 
 def names(folder: Path | None = None) -> dict[str, Path]:
-    """{task: recipe file}, from the project's folder of recipes and, behind those, the ones that come with multisbora."""
+    """{task: recipe file}, from the project's folder of recipes and, behind those, the package's own."""
     found = {path.stem: path for path in sorted(tasks_dir().glob("*.yaml"))}
     if folder is not None:
         found |= {path.stem: path for path in sorted(folder.glob("*.yaml"))}
@@ -182,4 +186,7 @@ def load(task: str, folder: Path | None = None, overrides: Iterable[str] = ()) -
         near = difflib.get_close_matches(task, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         raise UsageError(f"unknown task {task!r}: {hint} (a recipe is a file tasks/{task}.yaml)")
-    return read_yaml(known[task], Recipe, overrides, name=task)
+    recipe = read_yaml(known[task], Recipe, overrides, name=task)
+    if recipe.name != task:
+        raise UsageError(f"{known[task]}: name is {recipe.name!r}, but the file's name says {task!r}: leave name out")
+    return recipe

@@ -8,8 +8,10 @@ times every index of the other axis but those `excluded`.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Sequence
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -20,7 +22,7 @@ VARIANTS: tuple[str, ...] = get_args(Variant)
 
 
 def own_axis(variant: Variant) -> int:
-    """The axis of an (out_features, in_features) matrix that a variant claims: fb owns rows (0), fa owns columns (1)."""
+    """The axis of an (out_features, in_features) matrix that a variant claims: 0 (rows) for fb, 1 (columns) for fa."""
     return 1 if variant == "fa" else 0
 
 
@@ -45,7 +47,7 @@ class Region:
         if self.variant not in VARIANTS:
             raise UsageError(f"variant {self.variant!r} is unknown: use fa (columns) or fb (rows)")
         for name, values in (("indices", self.indices), ("excluded", self.excluded)):
-            if any(b <= a for a, b in zip(values, values[1:], strict=False)) or (values and values[0] < 0):
+            if any(b <= a for a, b in itertools.pairwise(values)) or (values and values[0] < 0):
                 raise UsageError(f"{name} must be sorted, not negative and without repeats, got {list(values)[:8]}...")
         if not self.indices:
             raise UsageError("a region needs at least one index")
@@ -66,7 +68,7 @@ class Region:
                 raise UsageError(f"{name}: {what} {values[-1]} is outside an axis of {size}; matrix is {shape}")
 
     def values_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Shape of the trained values in a matrix of `shape`: (out_features, rank) for fa, (rank, in_features) for fb."""
+        """Shape of the trained values: (out_features, rank) for fa, (rank, in_features) for fb."""
         return (shape[0], self.rank) if self.variant == "fa" else (self.rank, shape[1])
 
     def cells(self, shape: tuple[int, int]) -> int:
@@ -87,10 +89,23 @@ def crossings(variant: Variant, earlier: Iterable[Region]) -> tuple[int, ...]:
     return tuple(sorted({index for region in earlier if region.variant != variant for index in region.indices}))
 
 
-def draw(free: Sequence[int], rank: int, *key: object) -> tuple[int, ...]:
-    """`rank` of the free indices at random, sorted (the paper draws so). The same key gives the same indices anywhere.
+def draw(size: int, count: int, *key: object) -> list[int]:
+    """`count` of range(`size`) at random and without repeats, in the order drawn, as the paper draws indices.
+
+    The same size, count and key give the same answer on every machine and Python version, which `random.sample` does
+    not promise: the first steps of a Fisher-Yates shuffle, 8 bytes of a SHAKE-256 stream each.
 
     Raises:
-        ValueError: fewer than `rank` indices are free.
+        ValueError: `count` is above `size`.
     """
-    return tuple(sorted(random.Random(":".join(map(str, key))).sample(free, rank)))
+    if count > size:
+        raise ValueError(f"{count} indices out of {size}")
+    stream = hashlib.shake_256(json.dumps(key).encode()).digest(8 * count)
+    moved: dict[int, int] = {}
+    chosen = []
+    for step in range(count):
+        number = int.from_bytes(stream[8 * step : 8 * step + 8], "little")
+        place = step + (number * (size - step) >> 64)
+        chosen.append(moved.get(place, place))
+        moved[place] = moved.get(step, step)
+    return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,10 +71,8 @@ def _override(content: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise UsageError(f"--set {override!r}: the value is no valid YAML") from None
     if isinstance(value, str):  # YAML 1.1 wants a dot in 1e-4
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     *parents, last = key.split(".")
     place = content
     for parent in parents:

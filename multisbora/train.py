@@ -22,12 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from .attention import use_packed_attention
 from .checkpoint import check_output, fingerprint, publish
 from .dataset import Encoded, check_examples, encode, load_rows, overlap, pack, packs, pad
-from .errors import DataError, TrainingError
+from .errors import CheckpointError, DataError, TrainingError, UsageError
 from .geometry import Geometry, from_checkpoint
 from .recipe import Recipe
 from .registry import TaskClaims
@@ -40,7 +41,7 @@ TRAINING_FILE = "training.json"
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a run came to. `loss` is the mean over its last logged steps, in nats per answer token; None in a dry run."""
+    """What a run came to. `loss` is the mean over its last logged steps, nats per answer token; None in a dry run."""
 
     task: str
     adapter: Path
@@ -82,6 +83,7 @@ def train(
         say: told what a person should know on the way.
 
     Raises:
+        UsageError: the recipe names an optimizer or a schedule that transformers does not have.
         CheckpointError: the base cannot be read, or `output` is taken.
         DataError: rows that are missing or do not fit, or too many of them cut off.
         TrainingError: the claims are another model's, an interrupted run had other settings, or the loss is not finite.
@@ -109,6 +111,7 @@ def train(
         base_fingerprint=base_print,
         claim_digest=claims.digest,
     )
+    _check_names(recipe)
     encoded = _prepare(recipe, base, say)
     if dry_run:
         cells = {m: r.values_shape(geometry.find(m).shape) for m, r in claims.regions.items()}
@@ -123,12 +126,15 @@ def train(
     }
     checkpoint = _enter_run(run, settings, say)
 
-    with _quiet_loading():
+    with _quiet_loading(), _as_checkpoint_error(base, "model"):
         base_model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
     base_model.config.use_cache = False
-    base_model.name_or_path = claims.model  # PEFT writes it into the adapter: the model's name, not this machine's path
     if recipe.training.gradient_checkpointing:
-        base_model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Called gradient_checkpointing_enable before transformers 5.23, which warns of that name.
+        enable = (
+            getattr(base_model, "activation_checkpointing_enable", None) or base_model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
     use_packed_attention(base_model)
     packed = packs(base_model)
     if not packed:
@@ -157,7 +163,7 @@ def train(
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
     if trainer.is_world_process_zero():
-        _publish(model, run, output, settings, result, encoded)
+        _publish(model, claims.model, run, output, settings, result, encoded)
     return result
 
 
@@ -176,17 +182,21 @@ def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int |
 
 
 def _prepare(recipe: Recipe, base: Path, say: Callable[[str], None]) -> Encoded:
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    with _as_checkpoint_error(base, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(base)
     rows = [row for _, row in load_rows(recipe.train)]
     encoded = encode(recipe, rows, tokenizer, recipe.training.cutoff)
     check_examples(encoded, recipe, say)
     try:
         test = [row for _, row in load_rows(recipe.eval.data)]
+        seen = overlap(recipe, rows, test)
     except DataError as error:
         say(f"not checked whether test rows are among the training rows: {error}")
     else:
-        if seen := overlap(recipe, rows, test):
-            say(f"{seen} of {len(test)} test rows of task {recipe.name} are also training rows: their scores say little")
+        if seen:
+            say(
+                f"{seen} of {len(test)} test rows of task {recipe.name} are also training rows: their scores say little"
+            )
     return encoded
 
 
@@ -196,6 +206,13 @@ def _expected(recipe: Recipe, task: str, output: Path, encoded: Encoded, paramet
     steps = settings.max_steps or math.ceil(settings.epochs * steps_an_epoch)
     tokens = round(steps / steps_an_epoch * encoded.tokens)
     return TrainResult(task, output, steps, tokens, None, 0.0, parameters)
+
+
+def _check_names(recipe: Recipe) -> None:
+    for key, kind in (("optimizer", OptimizerNames), ("lr_scheduler", SchedulerType)):
+        name, known = getattr(recipe.training, key), [str(member.value) for member in kind]
+        if name not in known:
+            raise UsageError(f"recipe {recipe.name}: training.{key} {name!r} is unknown: use one of {', '.join(known)}")
 
 
 def _arguments(recipe: Recipe, run: Path) -> TrainingArguments:
@@ -228,10 +245,13 @@ def _arguments(recipe: Recipe, run: Path) -> TrainingArguments:
 
 
 def _enter_run(run: Path, settings: dict[str, Any], say: Callable[[str], None]) -> str | None:
-    """The folder of an interrupted run of the same settings, and its last checkpoint; made where there is none."""
-    kept = run / RUN_FILE
-    if kept.is_file():
-        before = _flat(json.loads(kept.read_text(encoding="utf-8")))
+    """The last checkpoint of an interrupted run, whose settings must be the same; a new run where there is none."""
+    kept, checkpoint = run / RUN_FILE, _last_checkpoint(run)
+    if checkpoint is not None:
+        try:
+            before = _flat(json.loads(kept.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            raise TrainingError(f"{kept} is missing or damaged: delete that folder to start anew") from None
         after = _flat(settings)
         changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
         if changed:
@@ -240,13 +260,24 @@ def _enter_run(run: Path, settings: dict[str, Any], say: Callable[[str], None]) 
                 f"{run} holds an interrupted run with other settings ({shown}): "
                 "set them back to go on, or delete that folder to start anew"
             )
-        checkpoint = get_last_checkpoint(str(run))
-        say(f"going on from {checkpoint}" if checkpoint else "an interrupted run left no checkpoint: starting anew")
-        return checkpoint
+        say(f"going on from {checkpoint}")
+        return str(checkpoint)
+    if kept.is_file():
+        say("an interrupted run left no checkpoint: starting anew")
     run.mkdir(parents=True, exist_ok=True)
     partial = kept.with_suffix(".partial")
     partial.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
     partial.replace(kept)
+    return None
+
+
+def _last_checkpoint(run: Path) -> Path | None:
+    """The last whole checkpoint. The Trainer writes its state last, so one that a kill cut short has none."""
+    found = {int(path.name.rpartition("-")[2]): path for path in run.glob("checkpoint-*")}
+    for _, checkpoint in sorted(found.items(), reverse=True):
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((checkpoint / "trainer_state.json").read_bytes())
+            return checkpoint
     return None
 
 
@@ -261,7 +292,13 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _publish(
-    model: peft.PeftModel, run: Path, output: Path, settings: dict[str, Any], result: TrainResult, encoded: Encoded
+    model: peft.PeftModel,
+    name: str,
+    run: Path,
+    output: Path,
+    settings: dict[str, Any],
+    result: TrainResult,
+    encoded: Encoded,
 ) -> None:
     summary = {
         **settings,
@@ -272,15 +309,18 @@ def _publish(
         "examples": len(encoded.examples),
         "truncated": encoded.truncated,
     }
+    # The model's name, not this machine's path. Not earlier: PEFT asks the hub for the base model's config at every
+    # checkpoint, unless it finds the folder.
+    model.active_peft_config.base_model_name_or_path = model.get_base_model().config.name_or_path = name
     with publish(output) as partial:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, save_embedding_layers=False)
         (partial / TRAINING_FILE).write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         shutil.copyfile(run / METRICS_FILE, partial / METRICS_FILE)
     shutil.rmtree(run)
 
 
 class _Metrics(TrainerCallback):
-    """A line of JSON a logged step; on a terminal a bar with loss and tokens/s; the end of a run whose loss is not finite."""
+    """A line of JSON a logged step, on a terminal a bar with loss and tokens/s, and a stop where loss is not finite."""
 
     def __init__(self, path: Path, task: str) -> None:
         self.path, self.task = path, task
@@ -298,6 +338,8 @@ class _Metrics(TrainerCallback):
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.task, unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # whatever logging_steps is: no run may end without having looked at its loss
         if self._bar is not None:
             self._bar.update(1)
 
@@ -329,6 +371,15 @@ class _Metrics(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error(base: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"transformers cannot load the {what} of {base}: {reason}") from None
 
 
 @contextlib.contextmanager

@@ -478,7 +478,8 @@ def test_a_killed_merge_leaves_nothing_to_see_and_nothing_in_the_way(
 ) -> None:
     script = f"""
 import os, signal, sys
-import multisbora.checkpoint as checkpoint, multisbora.merge as merge
+import importlib
+checkpoint, merge = (importlib.import_module("multisbora." + name) for name in ("checkpoint", "merge"))
 def die(*args, **options):
     if {moment!r} == "copy_patched":
         (args[1].parent / args[1].name).write_bytes(b"half")

@@ -130,7 +130,9 @@ class _Commands:
             )
         if done.returncode:
             last = (log.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"])[-1]
-            raise MultisboraError(f"`multisbora {' '.join(arguments)}` failed: {last.removeprefix('multisbora: ')} ({log})")
+            raise MultisboraError(
+                f"`multisbora {' '.join(arguments)}` failed: {last.removeprefix('multisbora: ')} ({log})"
+            )
         return done.stdout
 
     def side_by_side(self, commands: list[tuple[str, ...]], progress: list[str] | None = None) -> list[str]:

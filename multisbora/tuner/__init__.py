@@ -6,7 +6,7 @@ from peft.utils import PeftType, register_peft_method
 
 
 def _extend_peft_type(name: str) -> PeftType:
-    """A member `name` of PEFT's enum of methods. PEFT keeps no public way to add one (checked on Python 3.10 to 3.13)."""
+    """A member `name` of PEFT's enum of methods, which has no public way to add one."""
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)

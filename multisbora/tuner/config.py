@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from operator import index
 from typing import Any
 
 from peft import PeftConfig
@@ -86,19 +89,32 @@ class SboraConfig(PeftConfig):
         return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json. The indices are not in it: they lie beside the values in the safetensors file."""
-        super(SboraConfig, replace(self, indices=None)).save_pretrained(save_directory, **kwargs)
+        """Write adapter_config.json. The indices are not in it: they lie beside the values in the safetensors file.
+
+        A module with more or fewer indices than `r` and `rank_pattern` say gets an entry in `rank_pattern`, so that a
+        loader makes room of the right size before it reads them.
+        """
+        ranks = {
+            re.escape(module): len(indices)
+            for module, indices in (self.indices or {}).items()
+            if len(indices) != pattern_value(self.rank_pattern, module, self.r)
+        }
+        # Its own entry goes first: the first pattern that fits is the one that counts.
+        pattern = ranks | {key: rank for key, rank in self.rank_pattern.items() if key not in ranks}
+        super(SboraConfig, replace(self, indices=None, rank_pattern=pattern)).save_pretrained(save_directory, **kwargs)
 
     def _given_region(self, module: str) -> Region:
         assert self.indices is not None
         try:
             return Region(
                 self.variant,
-                tuple(int(i) for i in self.indices[module]),
-                tuple(int(i) for i in _lookup(self.excluded, module) or ()),
+                tuple(index(i) for i in self.indices[module]),
+                tuple(index(i) for i in _lookup(self.excluded, module) or ()),
             )
         except UsageError as error:
             raise UsageError(f"{module}: {error}") from None
+        except TypeError:
+            raise UsageError(f"{module}: indices and excluded must be lists of whole numbers") from None
 
     def region(self, module: str, shape: tuple[int, int]) -> Region:
         """The region of one module.
@@ -118,7 +134,7 @@ class SboraConfig(PeftConfig):
                     f"{module}: rank {rank} is above its {size} {'columns' if self.variant == 'fa' else 'rows'}: "
                     "lower r, or give this module its own in rank_pattern"
                 )
-            indices = draw(range(size), rank, self.seed, module)
+            indices = tuple(sorted(draw(size, rank, self.seed, module)))
             region = Region(self.variant, indices, tuple(_lookup(self.excluded, module) or ()))
         else:
             name = _match(self.indices, module)
@@ -131,8 +147,22 @@ class SboraConfig(PeftConfig):
         region.check(shape, module)
         return region
 
+    def check_targets(self, modules: Collection[str]) -> None:
+        """Refuse indices of modules that are not among the targets, `modules`: nothing would be trained there.
 
-def _match(names: Any, module: str) -> str | None:
+        Raises:
+            UsageError: there are some; the message names the first.
+        """
+        stray = [name for name in self.indices or () if _match(modules, name) is None]
+        if stray:
+            more = f" (and {len(stray) - 1} more)" if len(stray) > 1 else ""
+            raise UsageError(
+                f"`indices` has an entry for {stray[0]}{more}, which is no target module of this model: "
+                "correct the name, or add it to target_modules"
+            )
+
+
+def _match(names: Collection[str], module: str) -> str | None:
     """The entry for a module whose two names may differ by leading parts ("h.0.mlp" and "transformer.h.0.mlp")."""
     if module in names:
         return module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,10 +28,17 @@ class SboraLayer(nn.Module, BaseTunerLayer):
     the base layer stores. The base weight is read, and written only by `merge` and `unmerge`.
     """
 
+    # Types of what PEFT's mixin provides, which nn.Module would otherwise hide from a type checker.
+    base_layer: Any
+    active_adapters: list[str]
+    set_adapter: Callable[..., None]
+    _get_base_layer_device_and_dtype: Callable[..., tuple[Any, Any]]
+    in_features: int
+    out_features: int
     adapter_layer_names = ("sbora_values",)
     other_param_names = ("sbora_indices", "variant", "excluded", "scaling", "weight_of", "dropout")
 
-    def __init__(self, base_layer: nn.Module, get_apply_tensor_subclass: Any = None) -> None:
+    def __init__(self, base_layer: Any, get_apply_tensor_subclass: Any = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.transposed = isinstance(base_layer, Conv1D)
@@ -83,7 +91,7 @@ class SboraLayer(nn.Module, BaseTunerLayer):
             self.weight_of[adapter_name] = weight
 
     def update(self, adapter_name: str) -> Tensor:
-        """lambda * s * values of one task, fp32, (out_features, r) or (r, in_features), zero in cells of earlier claims.
+        """lambda * s * values of one task, fp32, (out_features, r) or (r, in_features); zero in earlier claims' cells.
 
         Differentiable with respect to the values.
         """
@@ -91,12 +99,13 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         if excluded := self.excluded[adapter_name]:
             other = 1 - own_axis(self.variant[adapter_name])
             values = values.index_fill(other, torch.tensor(excluded, device=values.device), 0.0)
-        return delta(values.float(), self.scaling[adapter_name], self.weight_of[adapter_name])
+        update: Tensor = delta(values.float(), self.scaling[adapter_name], self.weight_of[adapter_name])
+        return update
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        hidden = self.base_layer(x, *args, **kwargs)  # (..., out)
+        hidden: Tensor = self.base_layer(x, *args, **kwargs)  # (..., out)
         if self.disable_adapters or self.merged:
             return hidden
         for name in self.active_adapters:
@@ -106,7 +115,7 @@ class SboraLayer(nn.Module, BaseTunerLayer):
 
     def _add(self, name: str, x: Tensor, hidden: Tensor) -> Tensor:
         update = self.update(name).to(hidden.dtype)
-        indices = self.sbora_indices[name]
+        indices = self.sbora_indices[name].long()  # torch gathers faster by int64
         p = self.dropout[name] if self.training else 0.0
         if self.variant[name] == "fb":
             return add_rows(hidden, F.dropout(x, p) if p else x, update, indices)

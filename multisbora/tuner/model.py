@@ -27,6 +27,12 @@ class SboraModel(BaseTuner):
     tuner_layer_cls = SboraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def _pre_injection_hook(self, model: nn.Module, config: SboraConfig, adapter_name: str) -> None:
+        """Claims that would be left out in silence are refused before the model is touched."""
+        if config.indices is not None and config.target_modules != "all-linear":
+            modules = [name for name, _ in model.named_modules() if name]
+            config.check_targets([name for name in modules if self._check_target_module_exists(config, name)])
+
     def _create_and_replace(
         self,
         config: SboraConfig,
@@ -46,7 +52,7 @@ class SboraModel(BaseTuner):
                 "forms, Conv1D); change target_modules"
             )
         layer = SboraLayer(target, get_quantization_kwargs(self).get("get_apply_tensor_subclass"))
-        layer._active_adapter = adapter_name
+        layer.set_adapter(adapter_name)
         layer.update_layer(adapter_name, config, current_key, inference_mode=config.inference_mode)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

@@ -1,0 +1,402 @@
+"""The commands as a user types them, on a tiny model: the whole way, and every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import peft
+import pytest
+import torch
+import yaml
+from builders import edit_json, tiny_gpt2, tiny_llama
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import multisbora.cli
+import multisbora.tuner
+from multisbora import checkpoint
+from multisbora.cli import main
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    # The command line hushes libraries for its whole process; the other tests share this one.
+    monkeypatch.setattr(multisbora.cli, "_quiet_libraries", lambda: None)
+
+    def call(*arguments: str) -> Result:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["multisbora", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return Result(int(exit_.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def assert_refused(result: Result, code: int, *parts: str) -> None:
+    """One line on stderr that has these parts, nothing on stdout, and this exit code."""
+    assert result.code == code, result
+    lines = result.err.strip().splitlines()
+    assert lines[-1].startswith("multisbora: "), result.err
+    assert all(part in lines[-1] for part in parts), lines[-1]
+    assert "Traceback" not in result.err
+    assert result.out == ""
+
+
+def recipe(folder: Path, task: str, rows: list[dict[str, str]]) -> dict[str, Any]:
+    (folder / "data").mkdir(exist_ok=True)
+    for part in ("train", "test"):
+        lines = (json.dumps(row | {"instruction": f"{part} {row['instruction']}"}) for row in rows)
+        (folder / "data" / f"{task}-{part}.jsonl").write_text("\n".join(lines) + "\n")
+    return {
+        "prompt": "Q: {instruction}\nA:",
+        "train": f"data/{task}-train.jsonl",
+        "training": {"max_steps": 3, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 0, "logging_steps": 1},
+        "eval": {"data": f"data/{task}-test.jsonl", "metric": "number", "num_beams": 1, "max_new_tokens": 4},
+    }
+
+
+def make_project(folder: Path, base: Path) -> None:
+    (folder / "tasks").mkdir()
+    for task, shift in (("adding", 1), ("doubling", 2)):
+        rows = [{"instruction": f"{n} {task}", "output": f" {n * shift}", "answer": str(n * shift)} for n in range(12)]
+        (folder / "tasks" / f"{task}.yaml").write_text(yaml.safe_dump(recipe(folder, task, rows)))
+    project = {"model": str(base), "rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "down_proj"]}
+    (folder / "multisbora.yaml").write_text(yaml.safe_dump(project))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("base") / "llama", dtype="float32")
+
+
+@pytest.fixture
+def project(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project folder with two recipes, and the working folder."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    make_project(folder, base)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_once(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose tasks are trained, made once."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_project(folder, base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(multisbora.cli, "_quiet_libraries", lambda: None)
+        for arguments in (
+            ["allocate", "--tasks", "adding,doubling"],
+            ["train", "--task", "adding"],
+            ["train", "--task", "doubling"],
+        ):
+            patch.setattr(sys, "argv", ["multisbora", *arguments])
+            with pytest.raises(SystemExit) as exit_:
+                main()
+            assert exit_.value.code == 0
+    return folder
+
+
+@pytest.fixture
+def trained(trained_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "trained"
+    shutil.copytree(trained_once, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_the_main_job(trained: Path, base: Path, run: Run) -> None:
+    status = run("status", "--json").json
+    assert {task: found["adapter"] for task, found in status["tasks"].items()} == {
+        "adding": "trained",
+        "doubling": "trained",
+    }
+    assert run("allocate", "--tasks", "doubling,adding", "--json").json["tasks"].keys() == {"doubling", "adding"}
+
+    assert run("merge", "--output", "merged", "--weight", "adding=0.5").code == 0
+    proof = run("verify", "merged", "--json")
+    assert proof.code == 0
+    assert proof.json["ok"] is True and proof.json["cells_outside_regions"] == 0
+    assert proof.json["cells_changed"] > 0
+    assert proof.json["tasks"]["adding"]["weight"] == 0.5
+
+    scores = run("eval", "merged", "--tasks", "adding,doubling", "--json").json["tasks"]
+    assert scores.keys() == {"adding", "doubling"}
+    assert scores["adding"]["n"] == 12 and scores["adding"]["nll"] > 0 and 0 <= scores["adding"]["score"] <= 1
+    own = run("eval", "adapters/adding", "--tasks", "adding", "--json").json["tasks"]["adding"]
+    start = run("eval", str(base), "--tasks", "adding", "--json").json["tasks"]["adding"]
+    assert own["nll"] < start["nll"]
+
+    assert run("export", "--task", "adding", "--format", "peft-lora", "--output", "lora").code == 0
+    assert json.loads(Path("lora/adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_the_merged_checkpoint_is_the_live_model(trained: Path, base: Path, run: Run) -> None:
+    """Stock transformers on the merged files, against the base with both adapters active at the same lambdas."""
+    assert run("merge", "--output", "merged", "--weight", "doubling=0.25").code == 0
+    merged = AutoModelForCausalLM.from_pretrained("merged")
+    live = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "adapters/adding", "adding")
+    live.load_adapter("adapters/doubling", "doubling")
+    live.base_model.set_adapter(["adding", "doubling"])
+    live.base_model.set_weight("doubling", 0.25)
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        # Two matmuls added differ from one matmul of sums by the order of additions alone: fp32, 57 tokens, 2 layers.
+        torch.testing.assert_close(live(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)
+        live.merge_adapter(["adding", "doubling"])
+        assert torch.equal(live(ids).logits, merged(ids).logits)
+
+
+def test_a_new_project(tmp_path: Path, base: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "targets" in run("init", "--model", str(base), "--rank", "8", "--dry-run").out
+    assert not list(tmp_path.iterdir())
+    assert run("init", "--model", str(base), "--rank", "8").code == 0
+    assert yaml.safe_load(Path("multisbora.yaml").read_text())["rank"] == 8
+    assert_refused(run("init", "--model", str(base)), 2, "multisbora.yaml exists")
+
+
+def test_init_takes_all_linears_where_the_paper_s_targets_are_missing(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("init", "--model", str(tiny_gpt2(tmp_path / "gpt2"))).code == 0
+    assert yaml.safe_load(Path("multisbora.yaml").read_text())["targets"] == "all-linear"
+
+
+def test_models_and_plan_need_no_project(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "Llama-3-8B" in run("models", "--json").json
+    found = run("plan", "--model", "llama-7b", "--rank", "32", "--json").json
+    assert round(found["trainable_parameters"] / 1e6, 1) == 28.0
+    assert set(found) == {
+        "model",
+        "variant",
+        "rank",
+        "matrices",
+        "trainable_parameters",
+        "lora_parameters",
+        "adapter_bytes",
+        "capacity_tasks",
+        "matrices_detail",
+    }
+    assert_refused(run("plan"), 2, "no multisbora.yaml", "multisbora init")
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_says_when_tasks_do_not_fit(project: Path, run: Run) -> None:
+    result = run("plan", "--tasks", ",".join(f"t{n}" for n in range(9)), "--json")
+    assert result.code == 1
+    assert result.json["capacity_tasks"] == 8
+    assert "9 tasks of rank 4 need 36 columns" in result.err
+    assert not (project / "registry").exists()
+
+
+def test_dry_runs_write_nothing(project: Path, run: Run, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    shown = run("allocate", "--tasks", "adding", "--dry-run", "--json")
+    assert shown.code == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run("allocate", "--tasks", "adding", "--json").json == shown.json
+    before = sorted(tmp_path.rglob("*"))
+    expected = run("train", "--task", "adding", "--dry-run", "--json").json
+    assert (expected["steps"], expected["loss"]) == (3, None)
+    assert run("release", "--task", "adding", "--dry-run").code == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "adding" in run("status", "--json").json["tasks"]
+
+
+def test_a_dry_merge_and_export_write_nothing(trained: Path, run: Run) -> None:
+    before = sorted(trained.rglob("*"))
+    assert run("merge", "--output", "merged", "--dry-run").code == 0
+    assert run("export", "--task", "adding", "--format", "peft-lora", "--output", "lora", "--dry-run").code == 0
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_release_gives_indices_back(project: Path, run: Run) -> None:
+    run("allocate", "--tasks", "adding")
+    assert run("release", "--task", "adding").code == 0
+    assert run("status", "--json").json["tasks"] == {}
+    assert_refused(run("release", "--task", "adding"), 1, "adding")
+
+
+def test_allocation_is_all_or_nothing(project: Path, run: Run) -> None:
+    assert run("allocate", "--tasks", "adding", "--rank", "20").code == 0
+    assert_refused(
+        run("allocate", "--tasks", "doubling", "--rank", "20"),
+        1,
+        "has 32 columns, 20 are claimed; rank 20 needs 20: lower the rank, use fb, or another composition",
+    )
+    assert set(run("status", "--json").json["tasks"]) == {"adding"}
+    assert run("allocate", "--tasks", "doubling", "--rank", "20", "--composition", "other").code == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "arguments, code, parts",
+    [
+        (["train", "--task", "addding"], 2, ["unknown task 'addding'", "did you mean adding?"]),
+        (["allocate", "--tasks", "adding,nothing"], 2, ["unknown task 'nothing'"]),
+        (["allocate", "--tasks", " , "], 2, ["names nothing"]),
+        (["allocate", "--tasks", "adding", "--rank", "0"], 2, ["rank", "greater than 0"]),
+        (["allocate", "--tasks", "adding", "--rank", "33"], 2, ["rank 33 is above the 32 columns"]),
+        (["allocate", "--tasks", "adding", "--variant", "fc"], 2, ["variant", "fa"]),
+        (["allocate", "--tasks", "adding", "--targets", "q_prj"], 2, ["q_prj", "q_proj"]),
+        (["train", "--task", "adding"], 1, ["adding", "multisbora allocate"]),
+        (["merge", "--output", "merged"], 1, ["multisbora allocate"]),
+        (["release", "--task", "adding"], 1, ["multisbora allocate"]),
+        (["train", "--task", "adding", "--set", "training.epoch=1"], 2, ["training.epoch", "did you mean epochs?"]),
+        (["train", "--task", "adding", "--set", "nonsense"], 2, ["KEY=VALUE"]),
+        (["eval", "nowhere", "--tasks", "adding"], 2, ["nowhere"]),
+        (["verify", "nowhere"], 1, ["nowhere"]),
+        (["export", "--task", "adding", "--format", "gguf", "--output", "x"], 2, ["gguf", "peft-lora"]),
+        (["merge", "--output", "merged", "--weight", "adding"], 2, ["TASK=LAMBDA"]),
+    ],
+)
+def test_wrong_arguments(project: Path, run: Run, arguments: list[str], code: int, parts: list[str]) -> None:
+    before = sorted(project.rglob("*"))
+    assert_refused(run(*arguments), code, *parts)
+    assert sorted(project.rglob("*")) == before
+
+
+def test_unknown_options_are_wrong_usage(run: Run) -> None:
+    result = run("merge", "--outptu", "x")
+    assert result.code == 2 and "--outptu" in result.err
+
+
+def test_all_faults_of_a_recipe_at_once(project: Path, run: Run) -> None:
+    path = project / "tasks" / "adding.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["promt"] = content.pop("prompt")
+    content["training"]["batch_size"] = -1
+    path.write_text(yaml.safe_dump(content))
+    assert_refused(
+        run("allocate", "--tasks", "adding"),
+        2,
+        "tasks/adding.yaml",
+        "unknown key promt, did you mean prompt?",
+        "prompt is missing",
+        "training.batch_size",
+    )
+
+
+def test_a_missing_data_file(project: Path, run: Run) -> None:
+    run("allocate", "--tasks", "adding")
+    (project / "data" / "adding-train.jsonl").unlink()
+    assert_refused(run("train", "--task", "adding"), 1, "data/adding-train.jsonl does not exist")
+    assert not (project / "adapters").exists()
+
+
+def test_merging_what_is_not_trained(project: Path, run: Run) -> None:
+    run("allocate", "--tasks", "adding")
+    assert_refused(run("merge", "--output", "merged"), 1, "adding is allocated", "multisbora train --task adding")
+
+
+def test_training_again_is_refused(trained: Path, run: Run) -> None:
+    assert_refused(run("train", "--task", "adding"), 1, "adapters/adding is there already")
+
+
+def test_an_adapter_of_another_base(trained: Path, tmp_path: Path, run: Run) -> None:
+    other = tiny_llama(tmp_path / "other", dtype="float32", seed=1)
+    content = yaml.safe_load(Path("multisbora.yaml").read_text())
+    model = content["model"]
+    shutil.move(model, tmp_path / "kept")
+    try:
+        shutil.copytree(other, model)
+        assert_refused(run("merge", "--output", "merged"), 1, "adding", "another base", "--allow-base-mismatch")
+        assert_refused(run("eval", "adapters/adding", "--tasks", "adding"), 1, "adding", "base")
+        assert not Path("merged").exists()
+        assert run("merge", "--output", "merged", "--allow-base-mismatch").code == 0
+    finally:
+        shutil.rmtree(model)
+        shutil.move(tmp_path / "kept", model)
+
+
+def test_claims_that_changed_since_training(trained: Path, run: Run) -> None:
+    run("release", "--task", "adding")
+    run("allocate", "--tasks", "adding", "--rank", "5")
+    assert run("status", "--json").json["tasks"]["adding"]["adapter"] == "trained on other claims"
+    assert_refused(run("merge", "--output", "merged"), 1, "adding", "claims")
+    assert not Path("merged").exists()
+
+
+def test_nan_in_an_adapter(trained: Path, run: Run) -> None:
+    path = Path("adapters/adding/adapter_model.safetensors")
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("sbora_values"))
+    tensors[name][0, 0] = np.nan
+    save_file(tensors, path)
+    assert_refused(run("merge", "--output", "merged"), 1, "adapters/adding", "NaN")
+    assert not Path("merged").exists()
+
+
+def test_a_full_output_folder(trained: Path, run: Run) -> None:
+    Path("merged").mkdir()
+    Path("merged/mine.txt").write_text("mine")
+    assert_refused(run("merge", "--output", "merged"), 1, "merged", "not empty")
+    assert Path("merged/mine.txt").read_text() == "mine"
+
+
+def test_a_full_disk(trained: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert_refused(run("merge", "--output", "merged"), 1, "disk")
+    assert not Path("merged").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header"])
+def test_a_damaged_base(trained: Path, run: Run, damage: str, tmp_path: Path) -> None:
+    content = yaml.safe_load(Path("multisbora.yaml").read_text())
+    broken = tmp_path / "broken"
+    shutil.copytree(content["model"], broken)
+    weights = broken / "model.safetensors"
+    raw = weights.read_bytes()
+    weights.write_bytes(raw[:-100] if damage == "truncated" else b"\xff" * 16 + raw[16:])
+    assert run("merge", "--output", "merged").code == 0
+    assert_refused(run("verify", "merged", "--base", str(broken)), 1, str(broken))
+    Path("multisbora.yaml").write_text(yaml.safe_dump(content | {"model": str(broken)}))
+    assert_refused(run("plan"), 1, "model.safetensors")
+
+
+def test_a_tampered_merge_ends_in_exit_code_3(trained: Path, run: Run) -> None:
+    run("merge", "--output", "merged")
+    raw = bytearray(Path("merged/model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    Path("merged/model.safetensors").write_bytes(raw)
+    result = run("verify", "merged", "--json")
+    assert result.code == 3
+    assert result.json["ok"] is False
+    assert "merged does not hold" in result.err
+
+
+def test_an_edited_receipt_ends_in_exit_code_3(trained: Path, run: Run) -> None:
+    run("merge", "--output", "merged")
+    receipt = json.loads(Path("merged/multisbora_receipt.json").read_text())
+    receipt["tasks"]["adding"]["weight"] = 0.9
+    edit_json("merged/multisbora_receipt.json", tasks=receipt["tasks"])
+    assert run("verify", "merged").code == 3

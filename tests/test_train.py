@@ -1,0 +1,423 @@
+"""A task's run on a tiny model: the adapter folder it ends in, the same bytes again, and what stops it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft.utils.save_and_load
+import pytest
+import torch
+from builders import tiny_gpt2, tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from multisbora.adapter import Adapter
+from multisbora.allocator import allocate
+from multisbora.checkpoint import fingerprint
+from multisbora.dataset import encode, pack
+from multisbora.errors import CheckpointError, DataError, MultisboraError, TrainingError, UsageError
+from multisbora.geometry import Geometry, from_checkpoint
+from multisbora.recipe import Recipe
+from multisbora.registry import Registry, TaskClaims
+from multisbora.train import METRICS_FILE, RUN_FILE, TRAINING_FILE, TrainResult, answer_loss, train
+
+train_module = importlib.import_module("multisbora.train")  # the package's own `train` is the function
+NAME = "owner/tiny"
+TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
+STEPS = 6
+
+
+class Base:
+    """A tiny base model, and the claims of an fa and, after it, an fb task on it."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder = folder
+        self.geometry: Geometry = replace(from_checkpoint(folder), model=NAME)
+        with Registry.open("sqlite://") as registry:
+            for variant in ("fa", "fb"):
+                options: dict[str, Any] = {"variant": variant, "rank": 4, "target_modules": TARGETS[kind]}
+                allocate(registry, self.geometry, [variant], **options)
+            self.claims: dict[str, TaskClaims] = registry.claims(NAME)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return Base(tiny_llama(tmp_path_factory.mktemp("base") / "llama", dtype="bfloat16"), "llama")
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return Base(tiny_gpt2(tmp_path_factory.mktemp("base") / "gpt2", bare=True), "gpt2")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.json"
+    path.write_text(json.dumps([{"question": f"{n} plus 1?", "output": f"it is {n + 1}"} for n in range(24)]))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of its own, and no question to the hub: `datasets` and PEFT would ask it."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def ask(repository: str, *_: Any, **__: Any) -> None:
+        pytest.fail(f"the hub was asked for {repository}")
+
+    monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", ask)
+
+
+@pytest.fixture
+def recipe(rows: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    def make(**changes: Any) -> Recipe:
+        training: dict[str, Any] = {"max_steps": STEPS, "batch_size": 4, "learning_rate": 0.05, "warmup_steps": 0}
+        training |= {"save_steps": 2, "logging_steps": 1, "dropout": 0.1}
+        content = {
+            "name": "toy",
+            "prompt": "Q: {question} A: ",
+            "train": str(rows),
+            "training": training | changes.pop("training", {}),
+            "eval": {"data": str(tmp_path / "no-test.json"), "metric": "number"},
+        }
+        return Recipe.model_validate(content | changes)
+
+    return make
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+
+
+def refused(call: Callable[[], object], kind: type[MultisboraError], *words: str) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    return message
+
+
+def interrupted(step: int, *arguments: Any) -> None:
+    """Train with a Ctrl-C at the end of a step."""
+    original = train_module._Metrics.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        original(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module._Metrics, "on_step_end", on_step_end)
+        with pytest.raises(KeyboardInterrupt):
+            train(*arguments)
+
+
+# --- a run --------------------------------------------------------------------------------------------------------
+
+
+def test_full_run(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+    output = tmp_path / "adapters" / "toy"
+    claims = llama.claims["fa"]
+    result = train(recipe(), llama.folder, claims, output, alpha=8, use_rslora=True, say=said.append)
+
+    assert set(path.name for path in output.parent.iterdir()) == {"toy"}  # no run folder is left
+    read = Adapter.read(output)
+    assert (read.task, read.composition, read.variant) == ("fa", "default", "fa")
+    assert read.base_model == NAME
+    assert read.base_fingerprint == fingerprint(llama.folder, llama.geometry)
+    assert read.claim_digest == claims.digest
+    assert {name: module.region for name, module in read.modules.items()} == claims.regions
+    assert all(module.scaling == 8 / 2 and module.values.any() for module in read.modules.values())
+
+    lines = metrics(output)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert {*lines[0]} == {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+    assert all(before["tokens"] < after["tokens"] for before, after in zip(lines, lines[1:], strict=False))
+
+    assert isinstance(result, TrainResult) and result.task == "fa" and result.adapter == output
+    assert (result.steps, result.tokens, result.loss) == (STEPS, lines[-1]["tokens"], lines[-1]["loss"])
+    assert result.trainable_parameters == sum(module.values.size for module in read.modules.values())
+    json.dumps(result.to_json(), allow_nan=False)
+
+    summary = json.loads((output / TRAINING_FILE).read_text())
+    assert summary["steps"] == STEPS and summary["examples"] == 24 and summary["loss"] == result.loss
+    assert summary["recipe"]["name"] == "toy" and summary["claim_digest"] == claims.digest
+    # Nothing of this machine goes with the adapter but the recipe's own paths.
+    for path in output.iterdir():
+        assert path.name == TRAINING_FILE or str(llama.folder).encode() not in path.read_bytes()
+    assert any("not checked whether test rows" in line and "no-test.json does not exist" in line for line in said)
+
+
+def test_same_bytes_again_and_after_an_interruption(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    claims = llama.claims["fa"]
+    first, again, resumed = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    whole = train(recipe(), llama.folder, claims, first)
+    train(recipe(), llama.folder, claims, again)
+    assert weights(first) == weights(again)
+    assert (first / "adapter_config.json").read_bytes() == (again / "adapter_config.json").read_bytes()
+
+    interrupted(5, recipe(), llama.folder, claims, resumed)
+    run = tmp_path / "c.run"
+    assert not resumed.exists() and (run / "checkpoint-4").is_dir()
+    assert not (run / "checkpoint-4" / "model.safetensors").exists()
+    # Steps that were logged after the last checkpoint, and a line that a kill cut short.
+    with (run / METRICS_FILE).open("a") as file:
+        file.write('{"step": 5, "loss": 9.0}\n{"step": 6, "lo')
+    said: list[str] = []
+    result = train(recipe(), llama.folder, claims, resumed, say=said.append)
+    assert any("going on from" in line and "checkpoint-4" in line for line in said)
+    assert weights(resumed) == weights(first)
+    assert (result.steps, result.tokens, result.loss) == (whole.steps, whole.tokens, whole.loss)
+    kept = [{key: line[key] for key in ("step", "loss", "tokens")} for line in metrics(resumed)]
+    assert kept == [{key: line[key] for key in ("step", "loss", "tokens")} for line in metrics(first)]
+    assert not run.exists()
+
+
+def test_interrupted_before_and_within_a_checkpoint(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    claims, output, run = llama.claims["fa"], tmp_path / "a", tmp_path / "a.run"
+    interrupted(1, recipe(), llama.folder, claims, output)
+    assert not list(run.glob("checkpoint-*"))
+    interrupted(5, recipe(), llama.folder, claims, output)
+    # Killed while the checkpoint was written: the Trainer writes its state last.
+    (run / "checkpoint-4" / "trainer_state.json").unlink()
+    said: list[str] = []
+    train(recipe(), llama.folder, claims, output, say=said.append)
+    assert any("going on from" in line and "checkpoint-2" in line for line in said)
+    train(recipe(), llama.folder, claims, tmp_path / "whole")
+    assert weights(output) == weights(tmp_path / "whole")
+
+
+def test_resume_with_other_settings_is_refused(llama: Base, gpt2: Base, recipe: Any, tmp_path: Path) -> None:
+    output, claims = tmp_path / "a", llama.claims["fa"]
+    interrupted(3, recipe(), llama.folder, claims, output)
+    before = (tmp_path / "a.run" / RUN_FILE).read_bytes()
+    changed = recipe(training={"learning_rate": 0.5}, prompt="{question}")
+    refused(
+        lambda: train(changed, llama.folder, claims, output, alpha=1),
+        TrainingError,
+        *("a.run", "recipe.training.learning_rate was 0.05, is 0.5", "recipe.prompt was", "alpha was 64, is 1"),
+        "delete that folder",
+    )
+    refused(lambda: train(recipe(), llama.folder, llama.claims["fb"], output), TrainingError, "claim_digest was")
+    assert (tmp_path / "a.run" / RUN_FILE).read_bytes() == before
+    (tmp_path / "a.run" / RUN_FILE).write_text("{")
+    refused(lambda: train(recipe(), llama.folder, claims, output), TrainingError, RUN_FILE, "delete that folder")
+
+
+def test_other_settings_are_fine_while_there_is_no_checkpoint(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    interrupted(1, recipe(), llama.folder, llama.claims["fa"], tmp_path / "a")
+    said: list[str] = []
+    changed = recipe(training={"max_steps": 2, "batch_size": 2})
+    assert train(changed, llama.folder, llama.claims["fa"], tmp_path / "a", say=said.append).steps == 2
+    assert "an interrupted run left no checkpoint: starting anew" in said
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_fb_after_fa_keeps_the_crossing_cells(
+    request: pytest.FixtureRequest, recipe: Any, tmp_path: Path, kind: str
+) -> None:
+    base: Base = request.getfixturevalue(kind)
+    claims = base.claims["fb"]
+    assert all(region.excluded == base.claims["fa"].regions[name].indices for name, region in claims.regions.items())
+    train(recipe(), base.folder, claims, tmp_path / "a")
+    read = Adapter.read(tmp_path / "a")
+    found = {base.geometry.find(name).module: module for name, module in read.modules.items()}
+    assert {name: module.region for name, module in found.items()} == claims.regions
+    for module in found.values():
+        assert module.values.any() and not module.values[:, list(module.region.excluded)].any()
+    assert metrics(tmp_path / "a")[-1]["loss"] < metrics(tmp_path / "a")[0]["loss"] - 0.02
+
+
+def test_conv1d(gpt2: Base, recipe: Any, tmp_path: Path) -> None:
+    train(recipe(), gpt2.folder, gpt2.claims["fa"], tmp_path / "a", geometry=gpt2.geometry)
+    read = Adapter.read(tmp_path / "a")
+    assert list(read.modules)[0] == "transformer.h.0.attn.c_attn"
+    assert {module.values.shape for module in read.modules.values()} == {(72, 4), (96, 4)}
+    assert metrics(tmp_path / "a")[-1]["loss"] < metrics(tmp_path / "a")[0]["loss"] - 0.02
+
+
+def test_gradient_checkpointing_gives_the_same_adapter(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    for name, on in (("plain", False), ("checkpointed", True)):
+        changed = recipe(training={"gradient_checkpointing": on, "max_steps": 2, "dropout": 0.0})
+        train(changed, llama.folder, llama.claims["fa"], tmp_path / name)
+    assert weights(tmp_path / "plain") == weights(tmp_path / "checkpointed")
+
+
+def test_micro_batches_and_epochs(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    """One step of 8 examples is one step of 8, in however many parts; an epoch is every example once."""
+    for name, micro in (("whole", None), ("parts", 4)):
+        settings = {"batch_size": 8, "micro_batch_size": micro, "max_steps": None, "epochs": 1, "dropout": 0.0}
+        result = train(recipe(training=settings), llama.folder, llama.claims["fa"], tmp_path / name)
+        assert result.steps == 24 // 8
+    for one, two in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
+        assert one["tokens"] == two["tokens"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=0.05)
+
+
+@pytest.mark.xfail(
+    reason="Trainer counts labels[..., 1:] of models with transformers' own loss, so each micro-batch lacks one token",
+    strict=True,
+)
+def test_loss_is_in_nats_a_token(llama: Base, recipe: Any, rows: Path, tmp_path: Path) -> None:
+    changed = recipe(training={"max_steps": 1, "batch_size": 24})
+    result = train(changed, llama.folder, llama.claims["fa"], tmp_path / "a")
+    model = AutoModelForCausalLM.from_pretrained(llama.folder)
+    tokenizer = AutoTokenizer.from_pretrained(llama.folder)
+    batch = pack(encode(changed, json.loads(rows.read_text()), tokenizer).examples)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        wanted = answer_loss(model(**batch, use_cache=False), labels)
+    # bf16 logits, examples in another order; the count is off by one part in 300.
+    assert result.loss == pytest.approx(float(wanted), rel=5e-4)
+
+
+def test_answer_loss() -> None:
+    logits = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(0))
+    outputs = type("Outputs", (), {"logits": logits})
+    nats = -logits.log_softmax(-1)[0]
+    wanted = nats[0, 4] + nats[2, 1]
+    labels = torch.tensor([[4, -100, 1]])
+    assert answer_loss(outputs, labels) == pytest.approx(float(wanted / 2))
+    assert answer_loss(outputs, labels, num_items_in_batch=8) == pytest.approx(float(wanted / 8))
+
+
+def test_padded_where_packing_leaks(llama: Base, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    changed = recipe(training={"max_steps": 2, "dropout": 0.0})
+    train(changed, llama.folder, llama.claims["fa"], tmp_path / "packed")
+    monkeypatch.setattr(train_module, "packs", lambda model: False)
+    train(changed, llama.folder, llama.claims["fa"], tmp_path / "padded", say=said.append)
+    assert any("batches are padded" in line for line in said)
+    packed, padded = Adapter.read(tmp_path / "packed"), Adapter.read(tmp_path / "padded")
+    for one, two in zip(metrics(packed.path), metrics(padded.path), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=0.05)
+    for name, module in packed.modules.items():
+        other = padded.modules[name].values
+        assert np.vdot(module.values, other) > 0.95 * np.linalg.norm(module.values) * np.linalg.norm(other)
+
+
+def test_last_steps_are_logged(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    changed = recipe(training={"max_steps": 3, "logging_steps": 2})
+    result = train(changed, llama.folder, llama.claims["fa"], tmp_path / "a")
+    assert [line["step"] for line in metrics(tmp_path / "a")] == [2, 3]
+    assert result.loss == metrics(tmp_path / "a")[-1]["loss"]
+
+
+def test_dry_run(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    result = train(recipe(), llama.folder, llama.claims["fa"], tmp_path / "a", dry_run=True)
+    assert result.steps == STEPS and result.loss is None and not list(tmp_path.glob("a*"))
+    done = train(recipe(), llama.folder, llama.claims["fa"], tmp_path / "a")
+    assert result.trainable_parameters == done.trainable_parameters
+    assert result.tokens == pytest.approx(done.tokens, rel=0.1)
+
+
+def test_overlap_is_said(llama: Base, recipe: Any, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "test.json").write_text(
+        json.dumps([{"question": "3  PLUS 1?", "answer": "4"}, {"question": "no", "answer": "1"}])
+    )
+    said: list[str] = []
+    changed = recipe(eval={"data": str(tmp_path / "test.json"), "metric": "number"})
+    train(changed, llama.folder, llama.claims["fa"], tmp_path / "a", dry_run=True, say=said.append)
+    assert any("1 of 2 test rows of task toy are also training rows" in line for line in said)
+
+
+def test_test_rows_of_another_form_do_not_stop_training(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "test.json").write_text(json.dumps([{"query": "x", "answer": "4"}]))
+    said: list[str] = []
+    changed = recipe(eval={"data": str(tmp_path / "test.json"), "metric": "number"})
+    train(changed, llama.folder, llama.claims["fa"], tmp_path / "a", dry_run=True, say=said.append)
+    assert any("not checked" in line and "question" in line for line in said)
+
+
+# --- what stops it ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logging_steps", [1, 50])
+def test_loss_that_is_not_finite(
+    llama: Base, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logging_steps: int
+) -> None:
+    monkeypatch.setattr(train_module, "answer_loss", lambda *a, **k: answer_loss(*a, **k) * torch.nan)
+    broken = recipe(training={"logging_steps": logging_steps})
+    refused(
+        lambda: train(broken, llama.folder, llama.claims["fa"], tmp_path / "a"),
+        TrainingError,
+        *("task toy: loss is nan at step", "lower training.learning_rate"),
+    )
+    assert not (tmp_path / "a").exists()
+
+
+def test_output_is_taken(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine").write_text("x")
+    refused(lambda: train(recipe(), llama.folder, llama.claims["fa"], tmp_path / "a"), CheckpointError, str(tmp_path))
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["mine"] and not (tmp_path / "a.run").exists()
+
+
+def test_claims_of_another_model(llama: Base, gpt2: Base, recipe: Any, tmp_path: Path) -> None:
+    refused(
+        lambda: train(recipe(), gpt2.folder, llama.claims["fa"], tmp_path / "a"),
+        TrainingError,
+        *("claims of task 'fa'", str(gpt2.folder), "allocate again"),
+    )
+    assert not list(tmp_path.glob("a*"))
+
+
+def test_data_that_cannot_be_used(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    def run(**changes: Any) -> None:
+        train(recipe(**changes), llama.folder, llama.claims["fa"], tmp_path / "a")
+
+    refused(lambda: run(train=str(tmp_path / "none.json")), DataError, "none.json does not exist")
+    refused(lambda: run(target="solution"), DataError, "row 1 of task toy", "solution")
+    refused(lambda: run(training={"cutoff": 22}), DataError, "exceed 22 tokens", "raise training.cutoff")
+    refused(lambda: run(training={"cutoff": 5}), DataError, "no row is left")
+    assert not list(tmp_path.glob("a*"))
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        ({"optimizer": "adam_wrong"}, ("training.optimizer", "adam_wrong")),
+        ({"lr_scheduler": "zigzag"}, ("training.lr_scheduler", "zigzag")),
+    ],
+    ids=str,
+)
+def test_settings_that_the_trainer_does_not_know(
+    llama: Base, recipe: Any, tmp_path: Path, training: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    refused(
+        lambda: train(recipe(training=training), llama.folder, llama.claims["fa"], tmp_path / "a"), UsageError, *words
+    )
+    assert not list(tmp_path.glob("a*"))
+
+
+def test_base_that_cannot_be_read(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    def run(base: Path) -> None:
+        train(recipe(), base, llama.claims["fa"], tmp_path / "a")
+
+    refused(lambda: run(tmp_path / "nowhere"), MultisboraError, "nowhere")
+    bare = tmp_path / "bare"
+    shutil.copytree(llama.folder, bare)
+    for path in bare.glob("tokenizer*"):
+        path.unlink()
+    refused(lambda: run(bare), CheckpointError, "tokenizer", str(bare))
+    strange = tmp_path / "strange"
+    shutil.copytree(llama.folder, strange)
+    (strange / "config.json").write_text('{"model_type": "never-heard-of"}')
+    refused(lambda: run(strange), CheckpointError, str(strange))
+    assert not (tmp_path / "a").exists()
