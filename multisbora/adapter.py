@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from .delta import pattern_value, scaling
-from .errors import AdapterError, CheckpointError, UsageError
+from .errors import AdapterError, CheckpointError, GeometryError, UsageError
+from .geometry import Geometry, Matrix
 from .header import Header, TensorInfo, read_header
 from .region import VARIANTS, Region, own_axis
 
@@ -112,6 +113,28 @@ class Adapter:
             digest=hashlib.sha256(content).hexdigest(),
             modules=modules,
         )
+
+    def fit(self, geometry: Geometry) -> dict[str, Matrix]:
+        """The matrix of each module in a base model.
+
+        Raises:
+            AdapterError: a module that the model lacks, indices outside its matrix, or values of another shape.
+        """
+        matrices = {}
+        for name, module in self.modules.items():
+            try:
+                matrix = geometry.find(name)
+                module.region.check(matrix.shape, name)
+            except (GeometryError, UsageError) as error:
+                raise AdapterError(f"{self.path} does not fit {geometry.model}: {error}") from None
+            expected = module.region.values_shape(matrix.shape)
+            if module.values.shape != expected:
+                raise AdapterError(
+                    f"{self.path} does not fit {geometry.model}: {name} has values of shape "
+                    f"{list(module.values.shape)}, its matrix needs {list(expected)}"
+                )
+            matrices[name] = matrix
+        return matrices
 
 
 class _Config:

@@ -42,11 +42,12 @@ def packed_attention(
     if query.device.type == "cpu":
         # The bf16 flash kernel's backward is two to four times slower than the fp32 one on examples of this length.
         query, key, value = query.float(), key.float(), value.float()
+    window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     outputs = []
     start = 0
     for length in example_lengths:
         part = slice(start, start + length)
-        mask = _window(length, kwargs.get("sliding_window"), query.device)
+        mask = _window(length, window, query.device)
         output, _ = sdpa_attention_forward(
             module, query[:, :, part], key[:, :, part], value[:, :, part], mask, **kwargs
         )

@@ -230,27 +230,28 @@ def pad(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
 def packs(model: PreTrainedModel) -> bool:
     """Whether a model keeps packed examples apart: asked of the model itself, with two short sequences.
 
-    Compares the logits of two sequences in one packed batch with those of the second one alone.
+    Compares the logits of the second one in a packed batch with those that it has alone, by the model's own masks.
     """
     mode = model.training
     model.eval()
-    device = next(model.parameters()).device
     one, two = Example([5, 6, 7, 8, 9], 1), Example([4, 3, 2, 1], 1)
+    both, alone = pack([one, two]), pack([two])
+    del alone["example_lengths"]
     try:
-        alone, both = (
+        packed, wanted = (
             model(
-                **{k: v.to(device) if isinstance(v, Tensor) else v for k, v in pack(batch).items() if k != "labels"},
+                **{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"},
                 use_cache=False,
             ).logits[0]
-            for batch in ([two], [one, two])
+            for batch in (both, alone)
         )
     except TypeError:  # a model without position_ids or logits_to_keep
         return False
     finally:
         model.train(mode)
-    if both.shape[0] != alone.shape[0] + len(one.input_ids) - one.answer_start:
+    if packed.shape[0] != both["logits_to_keep"].numel():
         return False
-    alone, both = alone.float(), both[-alone.shape[0] :].float()
+    packed, wanted = packed[-wanted.shape[0] :].float(), wanted.float()
     # Attention that leaks from one example into the next moves logits by far more than rounding does.
     bound = 1e-3 if model.dtype == torch.float32 else 3e-2
-    return bool((both - alone).norm() <= bound * alone.norm())
+    return bool((packed - wanted).norm() <= bound * wanted.norm())

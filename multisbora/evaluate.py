@@ -7,88 +7,31 @@ moves long before the first.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import random
-import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import peft
 import torch
-import transformers
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
-from .adapter import CONFIG_FILE, Adapter
+from .answers import LETTERS, OPTION_WORDS, extract, is_right
 from .attention import use_packed_attention
-from .checkpoint import Checkpoint, fingerprint
 from .dataset import Example, Row, encode, load_rows, pack, packs, pad
-from .errors import AdapterError, CheckpointError, DataError, GeometryError, UsageError
-from .geometry import Geometry, from_checkpoint
+from .errors import DataError, UsageError
+from .loading import load_model
 from .recipe import Metric, Recipe
-from .tuner import SboraLayer
 
 Method = Literal["generate", "choice"]
 Say = Callable[[str], None]
 
-LETTERS = ("A", "B", "C", "D", "E")
-TOLERANCE = 1e-3
 BATCH_TOKENS = 2048
-
-_OPTION_WORDS = r"true|false|(?:solution|answer|ending|option)[0-9]+"
-_NUMBER = re.compile(r"((?<![\w)\]])[-\u2212])?[$£€]?([0-9]+(?:\.[0-9]+)?|(?<![.\w])\.[0-9]+)")
-
-
-# ----------------------------------------------------------------------------------------------------------- answers
-
-
-def extract(text: str, metric: Metric, options: Sequence[str] = ()) -> str | None:
-    """The answer that a generated text gives, by the LLM-Adapters protocol that the paper follows; None if it has none.
-
-    number: the last number. Commas between digits go ("1,200" is 1200), a currency sign and a final period are no part
-        of it, and a minus counts unless it follows a digit, a letter or a bracket ("10-8" ends in 8). "3/4" ends in 4.
-    letter: a letter is one of `options` (default A to E), upper case, and no part of a longer word. The first one
-        right after "answer is" or "answer:" counts; without one, the first after "option" or "choice" or before a
-        closing bracket ("(C)", "C)"); without one, the first that stands alone. There, an "A" with a word behind it is
-        the English article and is passed over.
-    option: the first of the words `options`, in any case; without `options`: true, false, solutionN, answerN, endingN,
-        optionN.
-    """
-    if metric == "number":
-        numbers = list(_NUMBER.finditer(re.sub(r"(?<=[0-9]),(?=[0-9])", "", text)))
-        return f"{'-' if numbers[-1][1] else ''}{numbers[-1][2]}" if numbers else None
-    if metric == "option":
-        words = "|".join(re.escape(option) for option in sorted(options, key=len, reverse=True)) or _OPTION_WORDS
-        found = re.search(rf"(?<!\w)(?:{words})(?!\w)", text, re.IGNORECASE)
-        return found[0].casefold() if found else None
-    letter = f"({'|'.join(re.escape(option) for option in options or LETTERS)})(?![\\w'\u2019]|-\\w)"
-    for pattern in (
-        rf"(?i:\banswer\s*(?:\bis\b|[:=]))[\s:=(\[*\"'`$]*{letter}",
-        rf"(?i:\b(?:option|choice)(?:\s+is)?\b)[\s:=(\[*\"'`$]*{letter}|(?<![\w'\u2019-]){letter}[)\]]",
-        rf"(?<![\w'\u2019-])(?!A[ \t]+\w){letter}",
-    ):
-        if found := re.search(pattern, text):
-            return next(group for group in found.groups() if group)
-    return None
-
-
-def is_right(extracted: str | None, gold: str, metric: Metric) -> bool:
-    """Whether an extracted answer is the gold one: within 0.001 for numbers, equal but for case otherwise."""
-    if extracted is None:
-        return False
-    if metric == "number":
-        try:
-            return abs(float(extracted) - float(gold)) <= TOLERANCE
-        except ValueError:  # a gold answer that is no number
-            return False
-    return extracted.casefold() == gold.casefold()
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
@@ -307,7 +250,7 @@ def _check_gold(recipe: Recipe, subset: str, questions: list[_Question], odd: li
     if not bad:
         return
     first = bad[0]
-    wanted = "a number" if first.metric == "number" else f"one of {', '.join(first.options or [_OPTION_WORDS])}"
+    wanted = "a number" if first.metric == "number" else f"one of {', '.join(first.options or [OPTION_WORDS])}"
     example = f"row {first.number} says {first.gold!r}, metric {first.metric!r} wants {wanted}"
     total = sum(question.subset == subset for question in questions)
     if len(bad) == total:
@@ -534,145 +477,3 @@ def generate(
         end = next((place for place, token in enumerate(row) if token in ends), len(row))
         texts.append(tokenizer.decode(row[:end], skip_special_tokens=True))
     return texts
-
-
-# ------------------------------------------------------------------------------------------------------------ loading
-
-
-def load_model(
-    path: str | os.PathLike[str],
-    base: str | os.PathLike[str] | None = None,
-    adapters: Sequence[str | os.PathLike[str]] = (),
-    *,
-    say: Say = lambda message: None,
-) -> tuple[Any, Any]:
-    """A model in eval mode, on the accelerator if there is one, and its tokenizer. Safetensors only, no remote code.
-
-    Args:
-        path: a model folder (a base or a merged checkpoint), or an adapter folder, which needs `base`.
-        base: folder of the base model that an adapter is of; not looked at where `path` is a model folder.
-        adapters: folders of further adapters. All adapters are active; PEFT knows them as adapter0, adapter1, ...,
-            that of `path` first.
-
-    Returns:
-        (model, tokenizer): a transformers model, in a PeftModel where there are adapters.
-
-    Raises:
-        UsageError: an adapter folder without a base, or two adapters of one task.
-        CheckpointError: the model is missing, damaged, incomplete, or no causal language model.
-        AdapterError: an adapter is damaged, or of another base.
-    """
-    path = Path(path)
-    folders = [Path(folder) for folder in adapters]
-    if (path / CONFIG_FILE).is_file():
-        if base is None:
-            raise UsageError(f"{path} is an adapter: give the base model that it was trained on too")
-        folders.insert(0, path)
-        path = Path(base)
-    read = [Adapter.read(folder) for folder in folders]
-    for i, adapter in enumerate(read):
-        if twin := next((other for other in read[:i] if other.task == adapter.task), None):
-            raise UsageError(f"{twin.path} and {adapter.path} are both task {adapter.task!r}: give one of them")
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is no folder: give the folder of a model or of an adapter")
-    Checkpoint.open(path)  # a missing, truncated or corrupt file, in one clear line
-    _check_base(read, path, say)
-    model, tokenizer = _load_base(path)
-    if read:
-        model = _with_adapters(model, read)
-    if torch.accelerator.is_available():
-        model = model.to(torch.accelerator.current_accelerator())
-    return model.eval(), tokenizer
-
-
-def _check_base(adapters: list[Adapter], base: Path, say: Say) -> None:
-    if not adapters:
-        return
-    geometry = from_checkpoint(base)
-    base_print = fingerprint(base, geometry)
-    for adapter in adapters:
-        if adapter.base_fingerprint is None:
-            say(f"{adapter.path} does not say which base it was trained on: its scores are right if {base} is it")
-        elif adapter.base_fingerprint != base_print:
-            raise AdapterError(
-                f"{adapter.path} was trained on another base than {base} (fingerprint "
-                f"{adapter.base_fingerprint[:12]}, not {base_print[:12]}): evaluate it on its own base"
-            )
-        _check_fit(adapter, geometry)
-
-
-def _check_fit(adapter: Adapter, geometry: Geometry) -> None:
-    for name, module in adapter.modules.items():
-        try:
-            shape = geometry.find(name).shape
-            module.region.check(shape, name)
-        except (GeometryError, UsageError) as error:
-            raise AdapterError(f"{adapter.path} does not fit {geometry.model}: {error}") from None
-        if module.values.shape != module.region.values_shape(shape):
-            raise AdapterError(
-                f"{adapter.path} does not fit {geometry.model}: {name} has values of shape "
-                f"{list(module.values.shape)}, its matrix is {list(shape)}"
-            )
-
-
-def _load_base(folder: Path) -> tuple[Any, Any]:
-    with _quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype="auto",
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        except Exception as error:  # every model's and tokenizer's own code runs in there
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{folder} cannot be loaded as a causal language model: {reason}") from None
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} tensors of its model, {missing[0]} first: fetch or merge it again"
-        )
-    return model, tokenizer
-
-
-def _with_adapters(model: Any, adapters: list[Adapter]) -> peft.PeftModel:
-    names = [f"adapter{i}" for i in range(len(adapters))]
-    for name, adapter in zip(names, adapters, strict=True):
-        with _quiet():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
-            try:
-                if isinstance(model, peft.PeftModel):
-                    model.load_adapter(adapter.path, name)
-                else:
-                    model = peft.PeftModel.from_pretrained(model, adapter.path, name)
-            except (RuntimeError, ValueError, KeyError, UsageError) as error:
-                reason = " ".join(str(error).split())[:300]
-                raise AdapterError(f"{adapter.path} cannot be put into this base: {reason}") from None
-        modules = model.get_base_model().named_modules()
-        live = {module for module, layer in modules if isinstance(layer, SboraLayer) and name in layer.sbora_values}
-        if odd := sorted(live ^ set(adapter.modules)):
-            raise AdapterError(
-                f"{adapter.path}: {CONFIG_FILE} and its tensors are about different modules, {odd[0]} first: "
-                "fetch or train the adapter again"
-            )
-    model.base_model.set_adapter(names, inference_mode=True)
-    return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Loading draws bars, reports missing tensors and warns about its own future; we say what matters ourselves."""
-    logging = transformers.utils.logging
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()

@@ -11,7 +11,6 @@ from safetensors.numpy import save_file
 from .adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterModule
 from .checkpoint import publish
 from .delta import delta
-from .errors import AdapterError, GeometryError, UsageError
 from .geometry import Geometry, Matrix
 
 
@@ -35,9 +34,8 @@ def export_peft_lora(
     adapter = Adapter.read(adapter_folder)
     tensors: dict[str, np.ndarray] = {}
     transposed = False
-    for name, module in adapter.modules.items():
-        matrix = _matrix(adapter, name, module, base_geometry)
-        lora_a, lora_b = _factors(module, matrix)
+    for name, matrix in adapter.fit(base_geometry).items():
+        lora_a, lora_b = _factors(adapter.modules[name], matrix)
         tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a
         tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
         transposed |= matrix.orientation == "conv1d"
@@ -45,20 +43,6 @@ def export_peft_lora(
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         config = json.dumps(_config(adapter, transposed), indent=2, sort_keys=True)
         (partial / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-
-
-def _matrix(adapter: Adapter, name: str, module: AdapterModule, geometry: Geometry) -> Matrix:
-    try:
-        matrix = geometry.find(name)
-        module.region.check(matrix.shape, name)
-    except (GeometryError, UsageError) as error:
-        raise AdapterError(f"{adapter.path} does not fit {geometry.model}: {error}") from None
-    if module.values.shape != module.region.values_shape(matrix.shape):
-        raise AdapterError(
-            f"{adapter.path} does not fit {geometry.model}: {name} has values of shape {list(module.values.shape)}, "
-            f"its matrix is {list(matrix.shape)}"
-        )
-    return matrix
 
 
 def _factors(module: AdapterModule, matrix: Matrix) -> tuple[np.ndarray, np.ndarray]:

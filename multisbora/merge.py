@@ -33,7 +33,7 @@ from .checkpoint import (
     publish,
 )
 from .delta import delta
-from .errors import AdapterError, CheckpointError, GeometryError, MergeError, UsageError
+from .errors import AdapterError, CheckpointError, MergeError, UsageError
 from .geometry import Geometry, Matrix, from_checkpoint
 from .region import Region
 
@@ -333,8 +333,9 @@ def _plan(
     """What to change in which stored tensor, after every check that needs no weights."""
     parts: dict[str, list[_Part]] = {}
     for adapter in loaded:
-        for name, module in adapter.modules.items():
-            matrix = _matrix(adapter, name, module, geometry, checkpoint)
+        for name, matrix in adapter.fit(geometry).items():
+            _check_stored(matrix, checkpoint)
+            module = adapter.modules[name]
             parts.setdefault(matrix.tensor, []).append(_Part(adapter.task, lambdas[adapter.task], module, matrix))
         if lambdas[adapter.task] and not any(np.any(module.values) for module in adapter.modules.values()):
             raise MergeError(f"{adapter.task} was never trained: every value of {adapter.path} is zero; train it first")
@@ -349,25 +350,13 @@ def _plan(
     return {tensor: _TensorPatch(sharing) for tensor, sharing in weighted.items() if sharing}
 
 
-def _matrix(adapter: Adapter, name: str, module: AdapterModule, geometry: Geometry, checkpoint: Checkpoint) -> Matrix:
-    try:
-        matrix = geometry.find(name)
-        module.region.check(matrix.shape, name)
-    except (GeometryError, UsageError) as error:
-        raise AdapterError(f"{adapter.path} does not fit {geometry.model}: {error}") from None
-    expected = module.region.values_shape(matrix.shape)
-    if module.values.shape != expected:
-        raise AdapterError(
-            f"{adapter.path} does not fit {geometry.model}: {name} has values of shape {list(module.values.shape)}, "
-            f"its matrix needs {list(expected)}"
-        )
+def _check_stored(matrix: Matrix, checkpoint: Checkpoint) -> None:
     info = checkpoint.info(matrix.tensor)
     if info.dtype not in PATCHABLE or info.shape != matrix.stored_shape:
         raise CheckpointError(
             f"{checkpoint.folder}: {matrix.tensor} is {info.dtype} {list(info.shape)}, merging needs "
             f"{', '.join(PATCHABLE)} and {list(matrix.stored_shape)}: use the 16- or 32-bit checkpoint of that model"
         )
-    return matrix
 
 
 def _count_changed(

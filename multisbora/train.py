@@ -9,8 +9,7 @@ import os
 import shutil
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,16 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from .attention import use_packed_attention
 from .checkpoint import check_output, fingerprint, publish
 from .dataset import Encoded, check_examples, encode, load_rows, overlap, pack, packs, pad
-from .errors import CheckpointError, DataError, TrainingError, UsageError
+from .errors import DataError, TrainingError, UsageError
 from .geometry import Geometry, from_checkpoint
+from .loading import load_base, load_tokenizer
 from .recipe import Recipe
 from .registry import TaskClaims
 from .tuner import SboraConfig
@@ -126,8 +126,7 @@ def train(
     }
     checkpoint = _enter_run(run, settings, say)
 
-    with _quiet_loading(), _as_checkpoint_error(base, "model"):
-        base_model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
+    base_model = load_base(base)
     base_model.config.use_cache = False
     if recipe.training.gradient_checkpointing:
         # Called gradient_checkpointing_enable before transformers 5.23, which warns of that name.
@@ -146,8 +145,8 @@ def train(
         model=model,
         args=_arguments(recipe, run),
         train_dataset=encoded.examples,
-        data_collator=pack if packed else lambda examples: pad(examples, pad_id),
-        compute_loss_func=answer_loss,
+        data_collator=lambda examples: _for_trainer(pack(examples) if packed else pad(examples, pad_id)),
+        compute_loss_func=lambda outputs, labels, **count: answer_loss(outputs, labels[:, 1:], **count),
         callbacks=[metrics],
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -181,9 +180,14 @@ def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int |
     return total / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
 
 
+def _for_trainer(batch: dict[str, Any]) -> dict[str, Any]:
+    """Trainer counts the answer tokens of a step in labels[..., 1:], for losses that shift labels. Ours line up with
+    the logits already: a column is put before them for it to leave out."""
+    return {**batch, "labels": F.pad(batch["labels"], (1, 0), value=-100)}
+
+
 def _prepare(recipe: Recipe, base: Path, say: Callable[[str], None]) -> Encoded:
-    with _as_checkpoint_error(base, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     rows = [row for _, row in load_rows(recipe.train)]
     encoded = encode(recipe, rows, tokenizer, recipe.training.cutoff)
     check_examples(encoded, recipe, say)
@@ -309,9 +313,10 @@ def _publish(
         "examples": len(encoded.examples),
         "truncated": encoded.truncated,
     }
-    # The model's name, not this machine's path. Not earlier: PEFT asks the hub for the base model's config at every
-    # checkpoint, unless it finds the folder.
-    model.active_peft_config.base_model_name_or_path = model.get_base_model().config.name_or_path = name
+    # The model's name, not this machine's path, goes into the config and the model card. Not earlier: PEFT asks the hub
+    # for the base model's config at every checkpoint, unless it finds the folder.
+    base_model = model.get_base_model()
+    model.active_peft_config.base_model_name_or_path = base_model.name_or_path = base_model.config.name_or_path = name
     with publish(output) as partial:
         model.save_pretrained(partial, save_embedding_layers=False)
         (partial / TRAINING_FILE).write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -371,26 +376,3 @@ class _Metrics(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-@contextlib.contextmanager
-def _as_checkpoint_error(base: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"transformers cannot load the {what} of {base}: {reason}") from None
-
-
-@contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Loading weights draws bars of its own and warns about its own future; neither is the user's business here."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""Rows in, token batches out: files of every kind, boundaries and cutoffs, and packed batches that equal padded ones."""
+"""Rows in, token batches out: files of every kind, boundaries and cutoffs, packed batches that equal padded ones."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
 def test_files(tmp_path: Path, suffix: str) -> None:
-    rows = [{"question": "é, \"x\"\nand {more}", "output": "two"}, {"question": "b", "output": "three"}]
+    rows = [{"question": 'é, "x"\nand {more}', "output": "two"}, {"question": "b", "output": "three"}]
     path = write(tmp_path / f"rows{suffix}", rows)
     assert load_rows([Source(path=str(path))]) == [(None, row) for row in rows]
 

@@ -1,0 +1,168 @@
+"""Models from folders into memory: a base or merged checkpoint, alone or with adapters on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .adapter import CONFIG_FILE, Adapter
+from .checkpoint import Checkpoint, fingerprint
+from .errors import AdapterError, CheckpointError, UsageError
+from .geometry import from_checkpoint
+from .tuner import SboraLayer
+
+Say = Callable[[str], None]
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    adapters: Sequence[str | os.PathLike[str]] = (),
+    *,
+    say: Say = lambda message: None,
+) -> tuple[Any, Any]:
+    """A model in eval mode, on the accelerator if there is one, and its tokenizer. Safetensors only, no remote code.
+
+    Args:
+        path: a model folder (a base or a merged checkpoint), or an adapter folder, which needs `base`.
+        base: folder of the base model that an adapter is of; not looked at where `path` is a model folder.
+        adapters: folders of further adapters. All adapters are active; PEFT knows them as adapter0, adapter1, ...,
+            that of `path` first.
+
+    Returns:
+        (model, tokenizer): a transformers model, in a PeftModel where there are adapters.
+
+    Raises:
+        UsageError: an adapter folder without a base, or two adapters of one task.
+        CheckpointError: the model is missing, damaged, incomplete, or no causal language model.
+        AdapterError: an adapter is damaged, or of another base.
+    """
+    path = Path(path)
+    folders = [Path(folder) for folder in adapters]
+    if (path / CONFIG_FILE).is_file():
+        if base is None:
+            raise UsageError(f"{path} is an adapter: give the base model that it was trained on too")
+        folders.insert(0, path)
+        path = Path(base)
+    read = [Adapter.read(folder) for folder in folders]
+    for i, adapter in enumerate(read):
+        if twin := next((other for other in read[:i] if other.task == adapter.task), None):
+            raise UsageError(f"{twin.path} and {adapter.path} are both task {adapter.task!r}: give one of them")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder: give the folder of a model or of an adapter")
+    Checkpoint.open(path)  # a missing, truncated or corrupt file, in one clear line
+    _check_base(read, path, say)
+    model, tokenizer = load_base(path), load_tokenizer(path)
+    if read:
+        model = _with_adapters(model, read)
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    return model.eval(), tokenizer
+
+
+def _check_base(adapters: list[Adapter], base: Path, say: Say) -> None:
+    if not adapters:
+        return
+    geometry = from_checkpoint(base)
+    base_print = fingerprint(base, geometry)
+    for adapter in adapters:
+        if adapter.base_fingerprint is None:
+            say(f"{adapter.path} does not say which base it was trained on: its scores are right if {base} is it")
+        elif adapter.base_fingerprint != base_print:
+            raise AdapterError(
+                f"{adapter.path} was trained on another base than {base} (fingerprint "
+                f"{adapter.base_fingerprint[:12]}, not {base_print[:12]}): evaluate it on its own base"
+            )
+        adapter.fit(geometry)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder. No remote code.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    with _loading(folder, "its tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def load_base(folder: Path) -> Any:
+    """A transformers model in its stored dtype, from a folder of safetensors. No remote code.
+
+    Raises:
+        CheckpointError: it is no causal language model, is damaged, or lacks tensors.
+    """
+    with _loading(folder, "a causal language model"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} tensors of its model, {missing[0]} first: fetch or merge it again"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _loading(folder: Path, what: str) -> Iterator[None]:
+    with quiet():
+        try:
+            yield
+        except Exception as error:  # every model's and tokenizer's own code runs in there
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{folder} cannot be loaded as {what}: {reason}") from None
+
+
+def _with_adapters(model: Any, adapters: list[Adapter]) -> peft.PeftModel:
+    names = [f"adapter{i}" for i in range(len(adapters))]
+    for name, adapter in zip(names, adapters, strict=True):
+        with quiet():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+            try:
+                if isinstance(model, peft.PeftModel):
+                    model.load_adapter(adapter.path, name)
+                else:
+                    model = peft.PeftModel.from_pretrained(model, adapter.path, name)
+            except (RuntimeError, ValueError, KeyError, UsageError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise AdapterError(f"{adapter.path} cannot be put into this base: {reason}") from None
+        modules = model.get_base_model().named_modules()
+        live = {module for module, layer in modules if isinstance(layer, SboraLayer) and name in layer.sbora_values}
+        if odd := sorted(live ^ set(adapter.modules)):
+            raise AdapterError(
+                f"{adapter.path}: {CONFIG_FILE} and its tensors are about different modules, {odd[0]} first: "
+                "fetch or train the adapter again"
+            )
+    model.base_model.set_adapter(names, inference_mode=True)
+    return model
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Loading draws bars, reports missing tensors and warns about its own future; we say what matters ourselves."""
+    logging = transformers.utils.logging
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
