@@ -163,11 +163,17 @@ def _draw(matrix: Matrix, rank: int, variant: Variant, taken: _Taken, key: tuple
             f"{matrix.module} has {size} {_AXES[axis]}, {len(mine)} are claimed; rank {rank} needs {rank}: "
             f"lower the rank, use {other}, or another composition"
         )
+    crossed = np.sort(taken.get((matrix.module, 1 - axis), _NONE)).tolist()
+    if len(crossed) == matrix.shape[1 - axis]:
+        raise AllocationError(
+            f"{matrix.module}: other tasks own all of its {len(crossed)} {_AXES[1 - axis]}, so {variant} {_AXES[axis]} "
+            "would have no cell left: use the other variant, or another composition"
+        )
     is_free = np.ones(size, bool)
     is_free[mine] = False
     free = np.flatnonzero(is_free)
     indices = np.sort(free[draw(len(free), rank, *key, matrix.module)]).tolist()
-    return Region(variant, tuple(indices), tuple(np.sort(taken.get((matrix.module, 1 - axis), _NONE)).tolist()))
+    return Region(variant, tuple(indices), tuple(crossed))
 
 
 def _reuse(ledger: Ledger, held: TaskClaims, composition: str, taken: _Taken) -> TaskClaims:

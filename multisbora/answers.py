@@ -21,7 +21,7 @@ def extract(text: str, metric: Metric, options: Sequence[str] = ()) -> str | Non
     letter: a letter is one of `options` (default A to E), upper case, and no part of a longer word. The first one
         right after "answer is" or "answer:" counts; without one, the first after "option" or "choice" or before a
         closing bracket ("(C)", "C)"); without one, the first that stands alone. There, an "A" with a word behind it is
-        the English article and is passed over.
+        the English article and is passed over, unless no other letter stands alone.
     option: the first of the words `options`, in any case; without `options`: true, false, solutionN, answerN, endingN,
         optionN.
     """
@@ -37,6 +37,7 @@ def extract(text: str, metric: Metric, options: Sequence[str] = ()) -> str | Non
         rf"(?i:\banswer\s*(?:\bis\b|[:=]))[\s:=(\[*\"'`$]*{letter}",
         rf"(?i:\b(?:option|choice)(?:\s+is)?\b)[\s:=(\[*\"'`$]*{letter}|(?<![\w'\u2019-]){letter}[)\]]",
         rf"(?<![\w'\u2019-])(?!A[ \t]+\w){letter}",
+        rf"(?<![\w'\u2019-]){letter}",
     ):
         if found := re.search(pattern, text):
             return next(group for group in found.groups() if group)

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 
 from .errors import CheckpointError
 from .geometry import Geometry
@@ -281,7 +282,11 @@ def _as_checkpoint_error(output: Path) -> Iterator[None]:
             ) from error
         raise CheckpointError(
             f"{output} was not written: {error.strerror or error}; check the path and its rights"
-        ) from (error)
+        ) from error
+    except SafetensorError as error:  # its writer hides the system's error number in a text
+        raise CheckpointError(
+            f"{output} was not written, and nothing of it was kept: {error}; is there space on its disk?"
+        ) from error
 
 
 def _locked_sibling(output: Path) -> tuple[Path, int]:

@@ -91,16 +91,18 @@ def init(
     variant: VariantOption = None,
     rank: Rank = None,
     targets: Targets = None,
+    as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
     """Make a project in this folder: write multisbora.yaml."""
     from .commands import new_project
 
-    project = new_project(model, say=_say, variant=variant, rank=rank, targets=_targets(targets))
+    project = new_project(model, variant=variant, rank=rank, targets=_targets(targets))
     if dry_run:
-        print(project.text(), end="")
+        _show(project.model_dump(mode="json"), as_json, project.text().splitlines())
     else:
-        print(f"wrote {project.write()}: next, `multisbora allocate --tasks ...`")
+        path = project.write()
+        _show(project.model_dump(mode="json"), as_json, [f"wrote {path}: next, `multisbora allocate --tasks ...`"])
 
 
 @app.command()
@@ -132,8 +134,8 @@ def plan(
     from .commands import plan_tasks
     from .project import Project
 
-    flags = {"variant": variant, "rank": rank, "targets": _targets(targets), "composition": composition}
-    found = plan_tasks(Project.load_or_default(model=model, **flags), _split(tasks), say=_say)
+    project = Project.load_or_default(model=model, variant=variant, rank=rank, composition=composition)
+    found = plan_tasks(project, _split(tasks) or [], _targets(targets))
     lines = [
         f"{found.model}: {found.variant} rank {found.rank} on {len(found.matrices)} matrices",
         f"trainable parameters a task  {found.trainable_parameters:>13,}  ({found.trainable_parameters / 1e6:.1f}M)",
@@ -191,9 +193,11 @@ def release(task: Task, composition: Composition = None, as_json: Json = False, 
     from . import commands
     from .project import Project
 
-    left = commands.release(Project.load(), task, composition, dry_run=dry_run)
+    project = Project.load(composition=composition)
+    commands.release(project, task, dry_run=dry_run)
     verb = "would give back" if dry_run else "gave back"
-    _show({"task": task, "compositions": list(left)}, as_json, [f"{verb} the claims of {task} in {', '.join(left)}"])
+    result = {"task": task, "composition": project.composition}
+    _show(result, as_json, [f"{verb} the claims of {task} in composition {project.composition}"])
 
 
 @app.command()
@@ -291,6 +295,9 @@ def evaluate(
         int | None, typer.Option("--max-new-tokens", help="Tokens to generate, if not the recipe's.")
     ] = None,
     set_: Set = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write the scores into the receipt of the merged checkpoint PATH.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print every prompt and answer to stderr.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -301,6 +308,7 @@ def evaluate(
         path,
         _split(tasks) or [],
         set_ or [],
+        record,
         quiet=_quiet_libraries,
         say=_say,
         method=method,
@@ -322,6 +330,7 @@ def export(
     task: Task,
     output: Output,
     format: Annotated[str, typer.Option("--format", help="peft-lora: a plain LoRA for stock PEFT, vLLM and others.")],
+    as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
     """Write a task's adapter in the format of another tool."""
@@ -329,17 +338,25 @@ def export(
     from .project import Project
 
     export_task(Project.load(), task, format, output, dry_run=dry_run, say=_say)
-    print(f"would write {output}" if dry_run else f"wrote {output}")
+    result = {"task": task, "format": format, "output": str(output)}
+    _show(result, as_json, [f"would write {output}" if dry_run else f"wrote {output}"])
 
 
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", help="Folder to make.")] = Path("multisbora-demo"),
     as_json: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """The whole of it on a small model: two tasks trained apart, merged, proven, scored. Takes some minutes."""
-    from .demo.run import run_demo
+    from .demo.run import check_folder, run_demo
 
+    if dry_run:
+        check_folder(output)
+        _show(
+            {"folder": str(output)}, as_json, [f"would make a project in {output} and run the commands of the README"]
+        )
+        return
     found = run_demo(output, say=_say)
     _show(found.to_json(), as_json, found.lines())
 

@@ -4,15 +4,18 @@ the command prints; heavy libraries are imported where they are needed.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter
 from .allocator import DEFAULT_TARGETS, Allocation, allocate
-from .checkpoint import check_output
-from .errors import AdapterError, RegistryError, UsageError
+from .checkpoint import RECEIPT_FILE, check_output
+from .errors import AdapterError, RegistryError, UsageError, VerificationError
 from .plan import Plan, plan
 from .project import PROJECT_FILE, Project
 from .recipe import Recipe, load
@@ -28,45 +31,49 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def new_project(model: str, say: Say, **flags: Any) -> Project:
+def new_project(model: str, **flags: Any) -> Project:
     """A project for a base model, with targets that the model has: the paper's where it has them, else all linears."""
     project = Project.of(model=model, **flags)
-    kinds = project.geometry(say).kinds()
-    if flags.get("targets") is None and not set(DEFAULT_TARGETS) <= set(kinds):
+    geometry = project.outline()
+    if flags.get("targets") is None and not set(DEFAULT_TARGETS) <= set(geometry.kinds()):
         project = project.model_copy(update={"targets": "all-linear"})
-    project.geometry(say).select(project.targets)
+    geometry.select(project.targets)
     return project
 
 
-def plan_tasks(project: Project, tasks: Sequence[str] | None, say: Say) -> Plan:
+def plan_tasks(project: Project, tasks: Sequence[str], targets: Any) -> Plan:
     """What tasks would cost, with the registry's claims counted where there is a registry. Writes nothing."""
     registry = _existing(project)
-    try:
+    with registry or contextlib.nullcontext():
+        held = registry.claims(project.model_name, project.composition) if registry else {}
         return plan(
-            project.geometry(say),
+            project.outline(),
             variant=project.variant,
             rank=project.rank,
-            target_modules=project.targets,
-            tasks=len(tasks) if tasks else 1,
+            target_modules=_resolve_targets(project, tasks, targets),
+            tasks=len([task for task in tasks if task not in held]) if tasks else 1,
             registry=registry,
             composition=project.composition,
         )
-    finally:
-        if registry is not None:
-            registry.close()
+
+
+def _resolve_targets(project: Project, tasks: Sequence[str], targets: Any) -> Any:
+    """The flag's targets, else those that the tasks' recipes name, else the project's."""
+    wanted = [targets or load(task, Path(project.recipes)).target_modules or project.targets for task in tasks]
+    if any(found != wanted[0] for found in wanted):
+        raise UsageError(f"the recipes of {', '.join(tasks)} name different target modules: allocate them one by one")
+    return wanted[0] if wanted else targets or project.targets
 
 
 def allocate_tasks(project: Project, tasks: Sequence[str], targets: Any, dry_run: bool, say: Say) -> Allocation:
-    """Claims for tasks. Targets: the flag's, else the recipe's of each task, else the project's."""
-    wanted = {task: targets or load(task, Path(project.recipes)).target_modules or project.targets for task in tasks}
-    if len(set(map(str, wanted.values()))) > 1:
-        raise UsageError(f"the recipes of {', '.join(tasks)} name different target modules: allocate them one by one")
+    """Claims for tasks."""
+    target_modules = _resolve_targets(project, tasks, targets)
     geometry = project.geometry(say)
     settings: dict[str, Any] = {
         "variant": project.variant,
         "rank": project.rank,
         "composition": project.composition,
-        "target_modules": next(iter(wanted.values())),
+        "target_modules": target_modules,
         "seed": project.seed,
     }
     registry = _existing(project)
@@ -89,8 +96,8 @@ def status(project: Project) -> dict[str, Any]:
         taken: dict[tuple[str, int], int] = {}
     else:
         with registry:
-            claims = registry.claims(project.model, project.composition)
-            taken = registry.claimed(project.model, project.composition)
+            claims = registry.claims(project.model_name, project.composition)
+            taken = registry.claimed(project.model_name, project.composition)
     tasks = {
         name: {
             "variant": held.variant,
@@ -120,15 +127,12 @@ def status(project: Project) -> dict[str, Any]:
     return {"model": project.model, "composition": project.composition, "tasks": tasks, "free": free}
 
 
-def release(project: Project, task: str, composition: str | None, dry_run: bool) -> tuple[str, ...]:
-    """Give a task's claims back. Returns the compositions that it left."""
+def release(project: Project, task: str, dry_run: bool) -> None:
+    """Give back what a task holds in the project's composition."""
     with _required(project) as registry:
-        if dry_run:
-            held = [c for c, tasks in registry.compositions(project.model).items() if task in tasks]
-            if not held or (composition is not None and composition not in held):
-                registry.task(project.model, task, composition or project.composition)
-            return tuple(held) if composition is None else (composition,)
-        return registry.release(project.model, task, composition)
+        registry.task(project.model_name, task, project.composition)
+        if not dry_run:
+            registry.release(project.model_name, task, project.composition)
 
 
 def train_task(
@@ -137,7 +141,7 @@ def train_task(
     """Train one task on the claims that the registry holds for it."""
     recipe = load(task, Path(project.recipes), overrides)
     with _required(project, task) as registry:
-        claims = registry.task(project.model, task, project.composition)
+        claims = registry.task(project.model_name, task, project.composition)
     output = project.adapter(task)
     if output.exists():
         raise AdapterError(f"{output} is there already: move or delete it to train task {task} anew")
@@ -169,13 +173,13 @@ def merge_tasks(
 ) -> Receipt:
     """Merge trained tasks of the project's composition; None takes all that hold claims in it."""
     with _required(project) as registry:
-        claims = registry.claims(project.model, project.composition)
+        claims = registry.claims(project.model_name, project.composition)
         chosen = list(tasks or claims)
         if not chosen:
             raise UsageError(
                 f"no task holds claims in composition {project.composition}: `multisbora allocate --tasks ...`"
             )
-        digests = {task: registry.task(project.model, task, project.composition).digest for task in chosen}
+        digests = {t: registry.task(project.model_name, t, project.composition).digest for t in chosen}
     for task in chosen:
         if not project.adapter(task).is_dir():
             raise AdapterError(
@@ -200,26 +204,44 @@ def merge_tasks(
 def verify_merged(path: Path, base: str | None, adapters: Sequence[Path] | None, say: Say) -> Proof:
     """Prove a merged checkpoint; base and adapters are the project's where they are not given."""
     from .hub import find_base
-    from .merge import Receipt
     from .verify import verify
 
     if adapters is None:
         project = Project.load()
-        adapters = [project.adapter(task) for task in Receipt.read(path).tasks]
+        adapters = [project.adapter(task) for task in _merged_tasks(path)]
     folder = find_base(base, say) if base is not None else Project.load().base(say)
     return verify(path, folder, adapters)
 
 
+def _merged_tasks(path: Path) -> list[str]:
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a folder: give the folder that `multisbora merge` wrote")
+    try:
+        return sorted(json.loads((path / RECEIPT_FILE).read_bytes())["tasks"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VerificationError(
+            f"{path} does not hold: {RECEIPT_FILE} is missing or damaged ({type(error).__name__}); merge again"
+        ) from None
+
+
 def evaluate_path(
-    path: str, tasks: Sequence[str], overrides: Sequence[str], quiet: Callable[[], None], say: Say, **settings: Any
+    path: str,
+    tasks: Sequence[str],
+    overrides: Sequence[str],
+    record: bool,
+    quiet: Callable[[], None],
+    say: Say,
+    **settings: Any,
 ) -> Evaluation:
-    """Score a base, an adapter or a merged checkpoint."""
+    """Score a base, an adapter or a merged checkpoint; `record` writes the scores into the last one's receipt."""
     in_project = Path(PROJECT_FILE).is_file()
     project = Project.load() if in_project else None
     recipes: list[Recipe] = [load(t, Path(project.recipes) if project else None, overrides) for t in tasks]
     from .hub import find_base
+    from .merge import Receipt
 
     folder = find_base(path, say)
+    receipt = Receipt.read(folder) if record else None
     base = None
     if (folder / "adapter_config.json").is_file():
         if project is None:
@@ -228,7 +250,10 @@ def evaluate_path(
     from .evaluate import evaluate
 
     quiet()
-    return evaluate(folder, recipes, base=base, say=say, **settings)
+    found = evaluate(folder, recipes, base=base, say=say, **settings)
+    if receipt is not None:
+        replace(receipt, scores={**receipt.scores, **found.to_json()["tasks"]}).write(folder)
+    return found
 
 
 def export_task(project: Project, task: str, format: str, output: Path, dry_run: bool, say: Say) -> None:

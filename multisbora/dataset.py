@@ -8,6 +8,8 @@ at `logits_to_keep` alone, the positions that predict an answer token.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,12 @@ class Encoded:
     shown: str
 
     @property
+    def digest(self) -> str:
+        """sha256 (hex) of all examples in their order."""
+        content = [[example.answer_start, example.input_ids] for example in self.examples]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
     def tokens(self) -> int:
         return sum(len(example.input_ids) for example in self.examples)
 
@@ -70,6 +78,8 @@ def _read(source: Source) -> list[Row]:
 
     suffix = Path(source.path.partition("?")[0]).suffix.lower()
     remote = "://" in source.path
+    if suffix in _FORMATS and source.config is not None:
+        raise DataError(f"data file {source.path} has no configurations: leave config {source.config!r} out")
     file = Path(source.path).expanduser()
     if not remote and (suffix in _FORMATS or source.path.startswith((".", "/", "~"))):
         if not file.is_file():
@@ -80,7 +90,7 @@ def _read(source: Source) -> list[Row]:
         try:
             if suffix in _FORMATS and (remote or file.is_file()):
                 path = source.path if remote else str(file)
-                found = datasets.load_dataset(_FORMATS[suffix], data_files=path, split="train")
+                found = datasets.load_dataset(_FORMATS[suffix], data_files=path, split=source.split)
             else:
                 found = datasets.load_dataset(source.path, source.config, split=source.split)
         except Exception as error:  # datasets lets every kind of error of its readers and of the network through

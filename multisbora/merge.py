@@ -319,11 +319,13 @@ def _refuse_base(loaded: list[Adapter], base_print: str, checkpoint: Checkpoint)
     wrong = next(adapter for adapter in loaded if adapter.base_fingerprint != base_print)
     if wrong.base_fingerprint is None:
         raise AdapterError(
-            f"{wrong.path} does not say which base it was trained on: if {checkpoint.folder} is it, allow the mismatch"
+            f"{wrong.path} does not say which base it was trained on: if {checkpoint.folder} is it, "
+            "allow the mismatch (--allow-base-mismatch)"
         )
     raise AdapterError(
         f"{wrong.path} was trained on another base than {checkpoint.folder} (fingerprint "
-        f"{wrong.base_fingerprint[:12]}, not {base_print[:12]}): merge it into its own base, or allow the mismatch"
+        f"{wrong.base_fingerprint[:12]}, not {base_print[:12]}): merge it into its own base, "
+        "or allow the mismatch (--allow-base-mismatch)"
     )
 
 

@@ -148,7 +148,13 @@ def plan(
         rank=rank,
         tasks=tasks,
         matrices=tuple(
-            MatrixPlan(matrix, variant, ranked, matrix.shape[axis] - claimed.get((matrix.module, axis), 0))
-            for matrix, ranked in ranks.items()
+            MatrixPlan(matrix, variant, ranked, _free(matrix, axis, claimed)) for matrix, ranked in ranks.items()
         ),
     )
+
+
+def _free(matrix: Matrix, axis: int, claimed: Mapping[tuple[str, int], int]) -> int:
+    """Indices that a task may still get; none where the tasks of the other variant own every cell of the matrix."""
+    if claimed.get((matrix.module, 1 - axis), 0) == matrix.shape[1 - axis]:
+        return 0
+    return matrix.shape[axis] - claimed.get((matrix.module, axis), 0)

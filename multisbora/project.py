@@ -26,11 +26,14 @@ class Project(Strict):
 
     Attributes:
         model: base model, a hub id or a folder.
+        name: what registry and adapters call the base model, so that people who keep it in different places share it;
+            left out: the hub id, or the folder's name.
         registry: database URL of the registry; a relative SQLite path is relative to the working folder.
         targets: target modules of tasks whose recipe names none.
     """
 
     model: str
+    name: str | None = None
     registry: str = "sqlite:///registry/registry.db"
     composition: str = "default"
     variant: Variant = "fa"
@@ -88,6 +91,11 @@ class Project(Strict):
             raise UsageError(f"{path} exists: edit it, or run init in another folder") from None
         return path
 
+    @property
+    def model_name(self) -> str:
+        folder = Path(self.model).expanduser()
+        return self.name or (folder.resolve().name if folder.is_dir() else self.model)
+
     def adapter(self, task: str) -> Path:
         return Path(self.adapters) / task
 
@@ -101,14 +109,30 @@ class Project(Strict):
         """The base model's geometry: from its card where there is one, so that nothing is fetched; else its headers."""
         if not Path(self.model).expanduser().is_dir():
             try:
-                return replace(geometries.from_card(self.model), model=self.model)
+                return replace(geometries.from_card(self.model), model=self.model_name)
             except UsageError:
                 pass  # no card: the checkpoint itself is asked
         return self.base_geometry(self.base(say))
 
+    def outline(self) -> Geometry:
+        """The geometry for planning: as `geometry`, but a model of which only the config is at hand will do.
+
+        Names of its tensors may differ from those of the checkpoint, so nothing is claimed by it.
+        """
+        from .hub import find_config
+        from .skeleton import from_config
+
+        folder = Path(self.model).expanduser()
+        if folder.is_dir() and any(folder.glob("*.safetensors")):
+            return self.base_geometry(folder)
+        try:
+            return replace(geometries.from_card(self.model), model=self.model_name)
+        except UsageError:
+            return replace(from_config(find_config(self.model)), model=self.model_name)
+
     def base_geometry(self, folder: Path) -> Geometry:
         """The geometry of the base model's files, under the name that the project and its registry know it by."""
-        return replace(geometries.from_checkpoint(folder), model=self.model)
+        return replace(geometries.from_checkpoint(folder), model=self.model_name)
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,11 @@ class Source(Strict):
     """Rows: a local json, jsonl, csv or parquet file, such a file's URL, or a data set's id on the hub.
 
     A plain string in a recipe is the path alone.
+
+    Attributes:
+        config: configuration of a data set on the hub.
+        split: as `datasets` writes it, "train[:90%]" for example. All rows of a file are its "train".
+        subset: name of these rows in evaluation.
     """
 
     path: str
@@ -47,7 +52,7 @@ class Training(Strict):
     """Hyperparameters of one task's run, as transformers' Trainer knows them.
 
     Attributes:
-        batch_size: examples a step, over all devices; `micro_batch_size` of them at a time (None: all).
+        batch_size: examples a step; `micro_batch_size` of them at a time (None: all).
         cutoff: tokens an example may have, prompt, answer and end-of-sequence together; the rest is cut off.
         max_truncated: share of examples that may be cut before the run refuses to start.
         max_steps: optimizer steps in place of whole epochs, where it is given.
@@ -84,8 +89,8 @@ class Evaluation(Strict):
     Attributes:
         data: one or more sources of test rows. A row belongs to its source's `subset`, else to the subset that its
             `subset_field` names, else to "all".
-        metric: "number" (last number of the answer, within 0.001), "letter" (first of A to E) or "option" (first
-            option word); `metrics` overrides it by subset.
+        metric: "number" (last number of the answer, within 0.001), "letter" (the one of A to E that it names) or
+            "option" (first option word), see `answers.extract`; `metrics` overrides it by subset.
         answer: the field with the gold answer.
         options: subset -> the option words of its answers, for "option" and for choice log-likelihood.
         choice: the text that stands for an option where choices are scored, with {option} in it.

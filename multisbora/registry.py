@@ -162,11 +162,13 @@ class TaskClaims:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of all of it. An adapter carries this, so that claims which changed since training show."""
+        """sha256 (hex) of all of it but the composition: a task holds the same regions in each of its compositions.
+
+        An adapter carries this, so that claims which changed since training show.
+        """
         content = {
             "model": self.model,
             "geometry_digest": self.geometry_digest,
-            "composition": self.composition,
             "task": self.task,
             "variant": self.variant,
             "rank": self.rank,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -35,6 +37,7 @@ from .registry import TaskClaims
 from .tuner import SboraConfig
 
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 TRAINING_FILE = "training.json"
 
@@ -116,17 +119,39 @@ def train(
     if dry_run:
         cells = {m: r.values_shape(geometry.find(m).shape) for m, r in claims.regions.items()}
         return _expected(recipe, claims.task, output, encoded, sum(rows * columns for rows, columns in cells.values()))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError(
+            "a task trains in one process: start `multisbora train` without torchrun or accelerate launch"
+        )
     run = output.with_name(f"{output.name}.run")
+    with _alone(run):
+        return _run(recipe, base, claims, output, run, config, encoded, say)
+
+
+def _run(
+    recipe: Recipe,
+    base: Path,
+    claims: TaskClaims,
+    output: Path,
+    run: Path,
+    config: SboraConfig,
+    encoded: Encoded,
+    say: Callable[[str], None],
+) -> TrainResult:
     settings = {
         "recipe": recipe.model_dump(mode="json"),
-        "base_fingerprint": base_print,
-        "claim_digest": claims.digest,
-        "alpha": alpha,
-        "use_rslora": use_rslora,
+        "examples": encoded.digest,
+        "base_fingerprint": config.base_fingerprint,
+        "claim_digest": config.claim_digest,
+        "alpha": config.alpha,
+        "use_rslora": config.use_rslora,
     }
     checkpoint = _enter_run(run, settings, say)
 
     base_model = load_base(base)
+    if base_model.dtype == torch.float16 and not torch.cuda.is_available():
+        say("the base is fp16, whose gradients vanish without loss scaling: training in fp32 on this machine")
+        base_model = base_model.float()
     base_model.config.use_cache = False
     if recipe.training.gradient_checkpointing:
         # Called gradient_checkpointing_enable before transformers 5.23, which warns of that name.
@@ -141,9 +166,10 @@ def train(
     model = peft.get_peft_model(base_model, config)
     pad_id = model.config.pad_token_id or 0
     metrics = _Metrics(run / METRICS_FILE, recipe.name)
+    arguments = _arguments(recipe, run, scale_loss=base_model.dtype == torch.float16)
     trainer = Trainer(
         model=model,
-        args=_arguments(recipe, run),
+        args=arguments,
         train_dataset=encoded.examples,
         data_collator=lambda examples: _for_trainer(pack(examples) if packed else pad(examples, pad_id)),
         compute_loss_func=lambda outputs, labels, **count: answer_loss(outputs, labels[:, 1:], **count),
@@ -151,7 +177,13 @@ def train(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"task {claims.task}: {run} cannot be written or read ({error}): "
+            "free space on its disk and run the same command again, it goes on from its last checkpoint"
+        ) from error
     result = TrainResult(
         task=claims.task,
         adapter=output,
@@ -175,7 +207,7 @@ def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int |
         num_items_in_batch: answer tokens of the whole optimizer step, over all its micro-batches and devices.
     """
     labels = labels.reshape(-1).to(outputs.logits.device)
-    logits = outputs.logits.reshape(labels.numel(), -1).float()
+    logits = outputs.logits.flatten(0, -2).float()
     total = F.cross_entropy(logits, labels, reduction="sum")
     return total / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
 
@@ -219,10 +251,11 @@ def _check_names(recipe: Recipe) -> None:
             raise UsageError(f"recipe {recipe.name}: training.{key} {name!r} is unknown: use one of {', '.join(known)}")
 
 
-def _arguments(recipe: Recipe, run: Path) -> TrainingArguments:
+def _arguments(recipe: Recipe, run: Path, scale_loss: bool) -> TrainingArguments:
     settings = recipe.training
     micro = settings.micro_batch_size or settings.batch_size
-    return TrainingArguments(
+    arguments = TrainingArguments(
+        fp16=scale_loss,
         output_dir=str(run),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
@@ -246,6 +279,23 @@ def _arguments(recipe: Recipe, run: Path) -> TrainingArguments:
         seed=settings.seed,
         data_seed=settings.seed,
     )
+    # With several GPUs in sight the Trainer would split each tensor of a batch; a packed batch is one row.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Hold the folder of a run. A second process that trains the same task would go on from this one's checkpoints."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(
+                f"{run} is in use: another process is training this task; wait for it or stop it"
+            ) from None
+        yield
 
 
 def _enter_run(run: Path, settings: dict[str, Any], say: Callable[[str], None]) -> str | None:
@@ -268,7 +318,6 @@ def _enter_run(run: Path, settings: dict[str, Any], say: Callable[[str], None]) 
         return str(checkpoint)
     if kept.is_file():
         say("an interrupted run left no checkpoint: starting anew")
-    run.mkdir(parents=True, exist_ok=True)
     partial = kept.with_suffix(".partial")
     partial.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
     partial.replace(kept)
@@ -345,6 +394,7 @@ class _Metrics(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True  # whatever logging_steps is: no run may end without having looked at its loss
+            control.should_save = False  # the adapter itself comes next; there would be no step left to resume into
         if self._bar is not None:
             self._bar.update(1)
 

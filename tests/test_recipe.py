@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from multisbora.allocator import DEFAULT_TARGETS
 from multisbora.errors import DataError, MultisboraError, UsageError
+from multisbora.project import Project
 from multisbora.recipe import Evaluation, Recipe, Source, Training, fields_of, load, names
 from multisbora.resources import tasks_dir
 
@@ -57,7 +59,8 @@ def test_shipped_recipe(task: str) -> None:
 def test_the_paper_s_settings() -> None:
     math, commonsense = load("math"), load("commonsense")
     targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    assert math.target_modules == commonsense.target_modules == targets
+    assert math.target_modules is commonsense.target_modules is None
+    assert Project(model="any").targets == DEFAULT_TARGETS == targets
     assert (math.training.epochs, math.training.learning_rate, math.training.batch_size) == (3, 3e-4, 8)
     assert (commonsense.training.epochs, commonsense.training.learning_rate) == (1, 2e-4)
     assert commonsense.training.batch_size == 16

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import MultisboraError, UsageError
+from ..errors import MultisboraError, UsageError, VerificationError
 from ..hub import DEMO_MODEL, find_base
 from ..project import PROJECT_FILE, Project
 from ..resources import tasks_dir
@@ -82,7 +82,7 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> DemoResult:
     answers = demo.side_by_side(
         [
             ("eval", DEMO_MODEL, "--tasks", both, *scored),
-            ("eval", "merged", "--tasks", both, *scored),
+            ("eval", "merged", "--tasks", both, "--record", *scored),
             *(("eval", f"adapters/{task}", "--tasks", task, *scored) for task in TASKS),
         ]
     )
@@ -95,9 +95,18 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> DemoResult:
     return DemoResult(folder, kept, proof["ok"], round(time.monotonic() - started, 1))
 
 
-def _make_project(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else than a demo.
+
+    Raises:
+        UsageError: it does.
+    """
     if folder.exists() and not (folder / PROJECT_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} holds something else than a demo: name another folder with --output")
+
+
+def _make_project(folder: Path) -> None:
+    check_folder(folder)
     (folder / "tasks").mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         shutil.copyfile(tasks_dir() / "demo" / f"{task}.yaml", folder / "tasks" / f"{task}.yaml")
@@ -131,10 +140,9 @@ class _Commands:
                 text=True,
             )
         if done.returncode:
+            kind = VerificationError if done.returncode == VerificationError.exit_code else MultisboraError
             last = (log.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"])[-1]
-            raise MultisboraError(
-                f"`multisbora {' '.join(arguments)}` failed: {last.removeprefix('multisbora: ')} ({log})"
-            )
+            raise kind(f"`multisbora {' '.join(arguments)}` failed: {last.removeprefix('multisbora: ')} ({log})")
         return done.stdout
 
     def side_by_side(self, commands: list[tuple[str, ...]], progress: list[str] | None = None) -> list[str]:
