@@ -64,8 +64,9 @@ def find_base(model: str, say: Callable[[str], None] = lambda message: None) -> 
         return folder
     if model.startswith((".", "/", "~")) or model.count("/") != 1 or folder.exists():
         raise UsageError(f"base model {model!r} is neither a folder on this machine nor a hub id like owner/name")
-    if Path(model).parent.is_dir():
-        raise UsageError(f"{model!r} is no folder, though {Path(model).parent} is one")
+    owner = Path(model.partition("/")[0])
+    if owner.is_dir():  # adapters/mth for adapters/math: nothing that the hub should be asked for
+        raise UsageError(f"{model!r} is no folder, though {str(owner)!r} is one")
     converted = cache_dir() / model.replace("/", "--")
     if converted.is_dir():
         return converted

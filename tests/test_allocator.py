@@ -263,7 +263,8 @@ def test_variants_in_one_call(registry: Registry) -> None:
 def test_a_task_has_the_same_indices_in_every_composition(registry: Registry) -> None:
     first = give(registry, "a", "b").tasks["a"]
     second = give(registry, "a", composition="second").tasks["a"]
-    assert second.regions == first.regions and second.digest != first.digest
+    # One adapter serves both, so what it records of its claims is the same.
+    assert second.regions == first.regions and second.digest == first.digest
     assert registry.compositions("tiny") == {"default": ("a", "b"), "second": ("a",)}
     with pytest.raises(AllocationError, match="already holds fa rank 4"):
         give(registry, "a", composition="third", rank=2)

@@ -397,7 +397,7 @@ def test_nan_in_an_adapter(trained: Path, run: Run) -> None:
 def test_a_full_output_folder(trained: Path, run: Run) -> None:
     Path("merged").mkdir()
     Path("merged/mine.txt").write_text("mine")
-    assert_refused(run("merge", "--output", "merged"), 1, "merged", "not empty")
+    assert_refused(run("merge", "--output", "merged"), 1, "merged", "not an empty folder")
     assert Path("merged/mine.txt").read_text() == "mine"
 
 

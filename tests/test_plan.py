@@ -112,7 +112,13 @@ def test_capacity_falls_with_every_task_and_is_true() -> None:
         with pytest.raises(AllocationError):
             allocate(registry, SMALL, ["t9"])
         assert plan(SMALL, registry=registry, composition="other").capacity_tasks == 9
-        assert plan(SMALL, registry=registry, variant="fb", rank=32).capacity_tasks == 6
+        # q, k, v and up have no cell left for a row: nine tasks own all of their 576 columns.
+        crossing = plan(SMALL, registry=registry, variant="fb", rank=32)
+        assert crossing.capacity_tasks == 0
+        assert {m.matrix.kind for m in crossing.matrices if m.capacity_tasks} == {"down_proj"}
+        with pytest.raises(AllocationError, match="other tasks own all of its 576 columns"):
+            allocate(registry, SMALL, ["t9"], variant="fb", rank=32)
+        assert plan(SMALL, registry=registry, variant="fb", rank=32, target_modules=["down_proj"]).capacity_tasks == 18
         assert plan(SMALL, registry=registry, target_modules=["down_proj"]).capacity_tasks == 24 - 9
         assert plan(SMALL, registry=registry, rank=1, rank_pattern={"down_proj": 100}).capacity_tasks == 0
 
