@@ -29,6 +29,7 @@ from multisbora.adapter import Adapter
 from multisbora.checkpoint import fingerprint
 from multisbora.errors import AdapterError, CheckpointError, GeometryError, MergeError, MultisboraError, UsageError
 from multisbora.geometry import Geometry, from_checkpoint
+from multisbora.loading import load_model
 from multisbora.merge import Receipt, merge
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -515,3 +516,29 @@ def test_the_adapters_config_may_not_lie_about_the_rank(base: Path, tasks: dict[
     merge(base, [copy], output=tmp_path / "two")
     assert same_files(tmp_path / "one", tmp_path / "two")
     assert np.isclose(Adapter.read(copy).modules[Q].scaling, 2.0)
+
+
+@pytest.mark.parametrize("kind", ["llama bfloat16", "llama float16", "gpt2 bfloat16"])
+def test_equals_the_live_model_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    """fa and fb tasks that cross, with lambdas: `merge_adapter` in memory and `merge` on files write the same cells."""
+    architecture, dtype = kind.split()
+    base = (tiny_llama if architecture == "llama" else tiny_gpt2)(tmp_path / "base", dtype=dtype)
+    adapters = write_tasks(tmp_path / "adapters", base, {"one": "fa", "two": "fb", "three": "fa"})
+    weights = {"one": 1.0, "two": 0.37, "three": -0.6}
+    merge(base, list(adapters.values()), weights, output=tmp_path / "merged")
+
+    live, _ = load_model(base, adapters=list(adapters.values()))
+    for name, config in live.peft_config.items():
+        live.base_model.set_weight(name, weights[config.task])
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        active = live(ids).logits.float()
+        live.merge_adapter(live.active_adapters)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        assert torch.equal(live(ids).logits, merged(ids).logits)
+        # Unmerged, each task's product is rounded to the dtype and added: a few roundings more a layer.
+        wanted = merged(ids).logits.float()
+        assert (active - wanted).norm() <= 3e-2 * wanted.norm()
+    stored = {name.replace(".base_layer", ""): weight for name, weight in live.get_base_model().named_parameters()}
+    for name, weight in merged.named_parameters():
+        assert torch.equal(stored[name].view(torch.int16), weight.view(torch.int16)), name
