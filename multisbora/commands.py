@@ -24,7 +24,7 @@ from .registry import Registry, TaskClaims
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
-    from .merge import Receipt
+    from .receipt import Receipt
     from .train import TrainResult
     from .verify import Proof
 
@@ -238,7 +238,7 @@ def evaluate_path(
     project = Project.load() if in_project else None
     recipes: list[Recipe] = [load(t, Path(project.recipes) if project else None, overrides) for t in tasks]
     from .hub import find_base
-    from .merge import Receipt
+    from .receipt import Receipt
 
     folder = find_base(path, say)
     receipt = Receipt.read(folder) if record else None

@@ -1,4 +1,4 @@
-"""Compose trained tasks into one plain checkpoint, and say in a receipt what was composed.
+"""Compose trained tasks into one plain checkpoint.
 
 One pass over the base's files: what no task owns is copied byte for byte, owned cells are patched in fp32 and rounded
 once. No cell has two owners, so the order of the adapters cannot matter. In memory lie one tensor and the adapters.
@@ -6,16 +6,13 @@ once. No cell has two owners, so the order of the adapters cannot matter. In mem
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +20,6 @@ from .adapter import Adapter, AdapterModule
 from .checkpoint import (
     CARD_FILE,
     PATCHABLE,
-    RECEIPT_FILE,
     Checkpoint,
     FileDigest,
     check_output,
@@ -35,137 +31,8 @@ from .checkpoint import (
 from .delta import delta
 from .errors import AdapterError, CheckpointError, MergeError, UsageError
 from .geometry import Geometry, Matrix, from_checkpoint
+from .receipt import MergedRegion, MergedTask, Receipt, write_card
 from .region import Region
-
-_FORMAT = 1
-_FLAT_LIST = re.compile(r"\[\s+(-?\d+(?:,\s+-?\d+)*)\s+\]")
-
-
-@dataclass(frozen=True, slots=True)
-class MergedRegion:
-    """What a merge did in one matrix for one task: the cells, and s of `delta` (lambda is the task's)."""
-
-    region: Region
-    scaling: float
-
-
-@dataclass(frozen=True, slots=True)
-class MergedTask:
-    """One task of a merge.
-
-    Attributes:
-        weight: lambda. At 0 the base's bytes stay.
-        variant: "fa" or "fb".
-        composition, claim_digest: as the adapter records them.
-        adapter_digest: sha256 (hex) of the adapter's safetensors file.
-        cells: number of cells that it owns.
-        cells_changed: number of them whose bits differ from the base's; None in a dry run.
-        regions: module name -> cells and scaling.
-    """
-
-    weight: float
-    variant: str
-    composition: str | None
-    claim_digest: str | None
-    adapter_digest: str
-    cells: int
-    cells_changed: int | None
-    regions: dict[str, MergedRegion]
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What a merged checkpoint is made of: `multisbora_receipt.json`. The same merge gives the same bytes.
-
-    Attributes:
-        base_model: name of the base model, without folders.
-        base_fingerprint: of the base's adaptable tensors (sha256, hex).
-        base_checked: whether every adapter was trained on this very base.
-        tasks: task name -> what was merged.
-        files: name -> digest of every other file of the checkpoint; in a dry run only the sizes.
-        tensors_changed: stored tensors that hold cells of a task whose lambda is not 0.
-        scores: what `evaluate` adds; empty after a merge.
-    """
-
-    base_model: str
-    base_fingerprint: str
-    base_checked: bool
-    tasks: dict[str, MergedTask]
-    files: dict[str, FileDigest]
-    tensors_changed: tuple[str, ...]
-    scores: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def cells_owned(self) -> int:
-        return sum(task.cells for task in self.tasks.values())
-
-    @property
-    def cells_changed(self) -> int | None:
-        counts = [task.cells_changed for task in self.tasks.values()]
-        return None if None in counts else sum(cast(list[int], counts))
-
-    def to_json(self) -> dict[str, Any]:
-        """The receipt's file as plain JSON values."""
-        return {
-            "format": _FORMAT,
-            "base": {"model": self.base_model, "fingerprint": self.base_fingerprint, "checked": self.base_checked},
-            "tasks": {name: _task_json(task) for name, task in self.tasks.items()},
-            "files": {name: {"sha256": file.sha256, "size": file.size} for name, file in self.files.items()},
-            "tensors_changed": list(self.tensors_changed),
-            "cells_changed": self.cells_changed,
-            "cells_owned": self.cells_owned,
-            "scores": self.scores,
-        }
-
-    def write(self, folder: str | os.PathLike[str]) -> None:
-        """Write the receipt into a checkpoint folder, whole or not at all.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
-        text = json.dumps(self.to_json(), indent=1, sort_keys=True, allow_nan=False)
-        text = _FLAT_LIST.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text)  # one line a list of indices
-        path = Path(folder) / RECEIPT_FILE
-        partial = path.with_name(f".{RECEIPT_FILE}.{os.getpid()}.partial")
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    @classmethod
-    def read(cls, folder: str | os.PathLike[str]) -> Receipt:
-        """Read the receipt of a merged checkpoint.
-
-        Raises:
-            CheckpointError: there is none, or it is damaged or of a later format.
-        """
-        path = Path(folder) / RECEIPT_FILE
-        try:
-            content = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{path} does not exist: only a checkpoint that `merge` wrote has a receipt"
-            ) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; merge again") from None
-        if isinstance(content, dict) and content.get("format") != _FORMAT:
-            raise CheckpointError(f"{path} has format {content.get('format')!r}, not {_FORMAT}: update multisbora")
-        try:
-            return cls(
-                base_model=content["base"]["model"],
-                base_fingerprint=content["base"]["fingerprint"],
-                base_checked=content["base"]["checked"],
-                tasks={name: _task(entry) for name, entry in content["tasks"].items()},
-                files={name: FileDigest(entry["sha256"], entry["size"]) for name, entry in content["files"].items()},
-                tensors_changed=tuple(content["tensors_changed"]),
-                scores=content["scores"],
-            )
-        except (KeyError, TypeError, AttributeError, UsageError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}): merge again") from None
 
 
 def merge(
@@ -228,7 +95,7 @@ def merge(
         files |= {path.name: copy_file(path, partial / path.name) for path in checkpoint.companions()}
         changed = _count_changed(loaded, lambdas, patches)
         tasks = {name: replace(task, cells_changed=changed[name]) for name, task in receipt.tasks.items()}
-        files[CARD_FILE] = _write_card(partial, replace(receipt, tasks=tasks))
+        files[CARD_FILE] = write_card(partial, replace(receipt, tasks=tasks))
         receipt = replace(receipt, tasks=tasks, files=files)
         receipt.write(partial)
     return receipt
@@ -390,78 +257,7 @@ def _merged_task(adapter: Adapter, weight: float, geometry: Geometry) -> MergedT
     )
 
 
-def _task_json(task: MergedTask) -> dict[str, Any]:
-    return {
-        "weight": task.weight,
-        "variant": task.variant,
-        "composition": task.composition,
-        "claim_digest": task.claim_digest,
-        "adapter_digest": task.adapter_digest,
-        "cells": task.cells,
-        "cells_changed": task.cells_changed,
-        "regions": {
-            name: {
-                "indices": list(merged.region.indices),
-                "excluded": list(merged.region.excluded),
-                "scaling": merged.scaling,
-            }
-            for name, merged in task.regions.items()
-        },
-    }
-
-
-def _task(entry: dict[str, Any]) -> MergedTask:
-    regions = {
-        name: MergedRegion(
-            Region(entry["variant"], tuple(region["indices"]), tuple(region["excluded"])), region["scaling"]
-        )
-        for name, region in entry["regions"].items()
-    }
-    return MergedTask(**{**entry, "regions": regions})
-
-
 def _model_name(name: str) -> str:
     """A hub id or a plain name as it is; of a path only the last part: no receipt tells of a machine's folders."""
     is_path = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
     return Path(name).name if is_path else name
-
-
-def _write_card(folder: Path, receipt: Receipt) -> FileDigest:
-    base = receipt.base_model
-    front = [f"base_model: {base}"] if base.count("/") == 1 else []
-    rows = [
-        f"| {name} | {task.weight:g} | {task.variant} | {len(task.regions)} | {task.cells:,} | {task.cells_changed:,} |"
-        for name, task in receipt.tasks.items()
-    ]
-    checked = "" if receipt.base_checked else "\nThe adapters were merged although they name another base, or none.\n"
-    text = f"""---
-{"".join(line + chr(10) for line in front)}tags:
-- multisbora
-- merge
----
-
-# {base} with {", ".join(receipt.tasks)}
-
-One plain checkpoint: the base model `{base}` plus {len(receipt.tasks)} separately trained task(s). It loads like the
-base; file names, tensor names, shapes, dtypes and the tokenizer are the base's own.
-
-| task | lambda | variant | matrices | cells owned | cells changed |
-| --- | --- | --- | --- | --- | --- |
-{chr(10).join(rows)}
-{checked}
-## How it was made
-
-Each task owns some columns (fa) or rows (fb) of the weight matrices and was trained there alone (SBoRA, arXiv
-2407.05413). Merging wrote `base + lambda * scaling * values` into the cells of each task, computed in fp32 and rounded
-once. No cell has two owners, and every other cell has the base's bits. The tasks still act on each other's activations:
-look at their scores together, not only at their cells.
-
-## How to check it
-
-`{RECEIPT_FILE}` lists tasks, cells and the sha256 of every file. With the base model and the adapters at hand,
-`multisbora verify` on this folder compares every tensor bit by bit and names the first wrong cell.
-"""
-    path = folder / CARD_FILE
-    path.write_text(text, encoding="utf-8", newline="\n")
-    data = path.read_bytes()
-    return FileDigest(hashlib.sha256(data).hexdigest(), len(data))

@@ -30,7 +30,8 @@ from multisbora.checkpoint import fingerprint
 from multisbora.errors import AdapterError, CheckpointError, GeometryError, MergeError, MultisboraError, UsageError
 from multisbora.geometry import Geometry, from_checkpoint
 from multisbora.loading import load_model
-from multisbora.merge import Receipt, merge
+from multisbora.merge import merge
+from multisbora.receipt import Receipt
 
 Q = "model.layers.0.self_attn.q_proj"
 
