@@ -22,6 +22,7 @@ from .errors import CheckpointError, UsageError
 from .header import read_headers
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_SECOND_COPY = ["consolidated*", "original/*"]  # the same weights once more, in another layout
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]  # never pickles, never code
 
 
@@ -83,7 +84,7 @@ def find_base(model: str, say: Callable[[str], None] = lambda message: None) -> 
         raise UsageError(f"base model {model!r} is no hub id: {error}") from None
     try:
         say(f"fetching {model} from the hub")
-        return Path(snapshot_download(model, allow_patterns=_FILES, etag_timeout=5))
+        return Path(snapshot_download(model, allow_patterns=_FILES, ignore_patterns=_SECOND_COPY, etag_timeout=5))
     except Exception as error:  # of the HTTP library that the hub's client happens to use, among others
         if model not in WHEELS:
             raise CheckpointError(

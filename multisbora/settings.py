@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -23,6 +23,17 @@ class Strict(BaseModel):
 Settings = TypeVar("Settings", bound=Strict)
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """YAML that refuses a key given twice, which plain YAML would silently let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path, kind: type[Settings], overrides: Iterable[str] = (), **given: object) -> Settings:
     """Read a YAML file into a settings object.
 
@@ -35,7 +46,7 @@ def read_yaml(path: Path, kind: type[Settings], overrides: Iterable[str] = (), *
         UsageError: no such file, no valid YAML, or faults in it, all of them named.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -78,7 +78,8 @@ def test_geometry_of_a_card_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 def test_geometry_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_llama(tmp_path / "model")
     project = Project(model=str(folder))
-    assert project.geometry().model == str(folder)
+    assert project.geometry().model == "model"  # its name, wherever it lies: people share a registry by it
+    assert Project(model=str(folder), name="ours").geometry().model == "ours"
     assert project.geometry().digest == geometry.from_checkpoint(folder).digest
     assert project.base() == folder
     monkeypatch.chdir(tmp_path)

@@ -56,6 +56,13 @@ def test_shipped_recipe(task: str) -> None:
         assert set(recipe.eval.options) == subsets
 
 
+def test_a_key_given_twice(tmp_path: Path) -> None:
+    path = tmp_path / "toy.yaml"
+    path.write_text("prompt: '{a}'\nprompt: '{b}'\n")
+    with pytest.raises(UsageError, match=r"toy\.yaml is no valid YAML.*'prompt' is given twice"):
+        load("toy", tmp_path)
+
+
 def test_the_paper_s_settings() -> None:
     math, commonsense = load("math"), load("commonsense")
     targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

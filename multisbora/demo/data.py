@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..errors import DataError
 from ..resources import tasks_dir
+from ..settings import UniqueKeys
 from .problems import PROBLEMS, SUBSETS, Problem, scene
 
 Row = dict[str, str]
@@ -178,17 +179,6 @@ class Facts(BaseModel):
                 yield category, relation
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, which plain YAML would silently let the last one win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def facts_file() -> Path:
     """The table of facts that ships with multisbora."""
     return tasks_dir() / "demo" / "facts.yaml"
@@ -201,7 +191,7 @@ def load_facts(path: str | os.PathLike[str]) -> Facts:
         DataError: the file is missing, is no YAML, names a key twice, or does not fit; all faults in one line.
     """
     try:
-        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the table of facts cannot be read: {error}") from error
     except yaml.YAMLError as error:
