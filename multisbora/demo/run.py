@@ -22,7 +22,7 @@ from .data import write_demo_data
 
 TASKS = ("math", "commonsense")
 _PROGRESS_SECONDS = 20
-_TEST_ROWS = 160  # a task, of the nearly 300 that there are: the whole demo is to end within ten minutes on two cores
+_TEST_ROWS = 80  # a task, of the nearly 300 that there are: the whole demo is to end within ten minutes on two cores
 
 
 @dataclass(frozen=True, slots=True)
