@@ -1,110 +1,222 @@
-"""Which free indices a task gets. Drawn at random, as in the paper, but seeded, disjoint, and in one transaction."""
+"""Which free indices a task gets. Drawn at random, as in the paper, but seeded, disjoint, and in one transaction.
+
+Two tasks need different indices only where a composition holds both. Tasks that never meet share blocks of indices, and
+the conflict graph (`conflicts`) is coloured so that as few blocks as can be found serve them all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from .claims import TaskClaims, check_name
 from .delta import pattern_value
 from .errors import AllocationError, UsageError
 from .geometry import Geometry, Matrix
+from .ledger import Holding, Ledger
 from .region import VARIANTS, Region, Variant, draw, own_axis
-from .registry import DEFAULT_COMPOSITION, Indices, Ledger, Registry, TaskClaims, check_name
+from .registry import AXES, DEFAULT_COMPOSITION, Registry
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-_AXES = ("rows", "columns")
-_Taken = dict[tuple[str, int], Indices]  # (module, axis) -> claimed indices
-_NONE: Indices = np.empty(0, np.uint32)
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many more tasks of one kind fit into a composition, if they are in no other one.
+
+    Attributes:
+        tasks: its tasks.
+        more_tasks: how many more fit; the matrix with the least room decides.
+        module: that matrix.
+        axis: "rows" or "columns", what the new tasks would claim of it.
+        size: length of that axis.
+        free: how many of them nobody holds.
+        holders: task -> how many it holds there. All of them meet in this composition, so none can share.
+        protected: how many no task may hold.
+        crossed: the tasks of the other variant own every cell of the matrix, so nothing fits whatever is free.
+    """
+
+    composition: str
+    tasks: tuple[str, ...]
+    rank: int
+    more_tasks: int
+    module: str
+    axis: str
+    size: int
+    free: int
+    holders: dict[str, int]
+    protected: int
+    crossed: bool
+
+    @property
+    def line(self) -> str:
+        """How many more tasks fit, and what decides it."""
+        return f"{self.more_tasks or 'no'} more task{'s' if self.more_tasks != 1 else ''} like these fit: {self.reason}"
+
+    @property
+    def reason(self) -> str:
+        """Why no more than `more_tasks` fit, in one line."""
+        if self.crossed:
+            return f"tasks of the other variant own every cell of {self.module}"
+        held = f"{self.size - self.free} of its {self.size} {self.axis} are held"
+        kept = f", {self.protected} of them protected" if self.protected else ""
+        return f"{self.module} decides: {held} by {len(self.holders)} tasks that all meet{kept}; {self.free} are free"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tasks": list(self.tasks),
+            "more_tasks": self.more_tasks,
+            "tightest": {
+                "module": self.module,
+                "axis": self.axis,
+                "size": self.size,
+                "free": self.free,
+                "protected": self.protected,
+                "crossed": self.crossed,
+                "holders": self.holders,
+            },
+        }
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What `allocate` gave: the claims of every task asked for, in the order asked."""
+    """What `allocate` gave: the claims of every task asked for, in the order asked, and what still fits.
 
-    composition: str
+    Attributes:
+        compositions: those that were asked for; how many more tasks of this variant, rank and targets fit into each.
+        moved: tasks that were given other indices than they held.
+    """
+
     tasks: dict[str, TaskClaims]
+    compositions: dict[str, Room]
+    moved: tuple[str, ...] = ()
+
+    @property
+    def composition(self) -> str | None:
+        """The composition, if it was one."""
+        return next(iter(self.compositions)) if len(self.compositions) == 1 else None
 
     def to_json(self) -> dict[str, Any]:
-        """`{"composition", "tasks": {task: {"variant", "rank", "regions": {module: sorted indices}}}}`."""
+        """`{"composition", "tasks": {task: {"variant", "rank", "regions": {module: sorted indices}}}}`, and more."""
         return {
             "composition": self.composition,
             "tasks": {name: found.to_json() for name, found in self.tasks.items()},
+            "compositions": {name: found.to_json() for name, found in self.compositions.items()},
+            "moved": list(self.moved),
         }
 
 
 def allocate(
     registry: Registry,
     geometry: Geometry,
-    tasks: Sequence[str],
+    tasks: Sequence[str] = (),
     *,
     variant: Variant = "fa",
     rank: int = 64,
-    composition: str = DEFAULT_COMPOSITION,
+    composition: str | Mapping[str, Sequence[str]] = DEFAULT_COMPOSITION,
     target_modules: str | Sequence[str] = DEFAULT_TARGETS,
     seed: int = 0,
     rank_pattern: Mapping[str, int] | None = None,
+    reallocate: bool = False,
     dry_run: bool = False,
 ) -> Allocation:
     """Claim indices for tasks: all of them or, on any error, none. Again with the same arguments gives the same claims.
 
-    A task that is in another composition of the model already gets the indices it has there, so one adapter serves
-    both. Where an fa column crosses an fb row of an earlier task, the earlier one keeps the cell (`Region.excluded`).
+    A task has the same regions in each of its compositions, so one adapter serves all. A new task's indices differ from
+    those of every task that it meets in any of them; tasks that never meet share indices as far as they can. Where an
+    fa column crosses an fb row of an earlier task, the earlier one keeps the cell (`Region.excluded`).
 
     Args:
         tasks: names; letters, digits, dot, dash, underscore.
         rank: indices a matrix, for every matrix that `rank_pattern` (PEFT's meaning) does not name.
-        seed: of the random draw. The draw also depends on the geometry, composition, task and matrix, and on nothing
-            else but which indices are free. A task that holds claims keeps them whatever the seed.
+        composition: the one that all `tasks` join; or several at once, by name, each with its tasks (`tasks` may then
+            be left out).
+        seed: of the order in which a matrix's channels are taken, which also depends on geometry and matrix, and on
+            nothing else. A task that holds claims keeps them whatever the seed.
+        reallocate: where a task cannot join a composition with the indices that it has, give it new ones, or the tasks
+            in its way, if they are not trained.
         dry_run: work out the same answer, write nothing.
 
     Raises:
         UsageError: a name, variant, rank or target that cannot mean anything.
-        AllocationError: too few free indices, or a task that holds other claims already.
+        AllocationError: too few free indices, a task that holds other claims already, or tasks that would meet in cells
+            both own.
         RegistryError: the store cannot be used, or the model's name stands there for another geometry.
     """
-    names = [tasks] if isinstance(tasks, str) else list(tasks)
-    if not names:
-        raise UsageError("no task to allocate for: name at least one")
-    for name in names:
-        check_name(name)
-    if len(set(names)) != len(names):
-        raise UsageError(f"a task is named twice in {', '.join(names)}: name each once")
-    check_name(composition, "composition")
+    wanted_in = _wanted_compositions(tasks, composition)
     wanted = matrix_ranks(
         geometry, variant=variant, rank=rank, target_modules=target_modules, rank_pattern=rank_pattern
     )
-
-    found: dict[str, TaskClaims] = {}
     with registry.transaction(dry_run=dry_run) as ledger:
-        ledger.register(geometry)
-        held = {name: ledger.memberships(geometry.model, name) for name in names}
-        taken: _Taken = {}
-        if any(composition not in claims for claims in held.values()):
-            taken = ledger.taken(geometry.model, composition)
-        for name in names:
-            for other in held[name].values():
-                _check_same(other, variant, rank, wanted)
-            if composition in held[name]:
-                found[name] = held[name][composition]
-                continue
-            if held[name]:
-                elsewhere = next(iter(held[name].values()))
-                new = _reuse(ledger, elsewhere, composition, taken)
+        geometry = ledger.register(geometry)
+        wanted = {geometry.find(matrix.module): ranked for matrix, ranked in wanted.items()}
+        held = {task: ledger.memberships(geometry.model, task) for task in wanted_in}
+        for claims in held.values():
+            for claim in claims.values():
+                _check_same(claim, variant, rank, wanted)
+        among = {name for names in wanted_in.values() for name in names} | {c for cs in held.values() for c in cs}
+        plan = _Plan(ledger, geometry, seed, ledger.holdings(geometry.model, among))
+        for task, names in wanted_in.items():
+            if not held[task]:
+                plan.new.append(_New(task, variant, rank, wanted, tuple(names)))
             else:
-                regions = {
-                    matrix.module: _draw(matrix, ranked, variant, taken, (seed, geometry.digest, composition, name))
-                    for matrix, ranked in wanted.items()
-                }
-                new = TaskClaims(geometry.model, geometry.digest, composition, name, variant, rank, regions)
-            ledger.add(new)
-            for module, region in new.regions.items():
-                key = (module, own_axis(variant))
-                taken[key] = np.concatenate([taken.get(key, _NONE), np.asarray(region.indices, np.uint32)])
-            found[name] = new
-    return Allocation(composition=composition, tasks=found)
+                plan.join(task, [name for name in names if name not in held[task]], reallocate)
+        moved = tuple(new.task for new in plan.new if new.moved)
+        written = plan.write()
+        found = {
+            task: written[task] if task in written else replace(next(iter(held[task].values())), composition=names[0])
+            for task, names in wanted_in.items()
+        }
+        asked = dict.fromkeys(name for names in wanted_in.values() for name in names)
+        rooms = {name: room(plan.holdings, name, wanted, variant) for name in asked}
+    return Allocation(found, rooms, moved)
+
+
+def room(holdings: Sequence[Holding], composition: str, ranks: Mapping[Matrix, int], variant: Variant) -> Room:
+    """How many more tasks of one variant fit into a composition.
+
+    Args:
+        holdings: at least those of the composition, and the protected channels.
+        ranks: matrix -> indices a task claims there.
+    """
+    inside = [holding for holding in holdings if holding.task is None or composition in holding.compositions]
+    axis = own_axis(variant)
+    tightest: Room | None = None
+    tasks = tuple(holding.task for holding in inside if holding.task is not None)
+    own, other = _on(inside, axis), _on(inside, 1 - axis)
+    for matrix, rank in ranks.items():
+        free = matrix.shape[axis] - int(np.count_nonzero(_taken(own, matrix, axis)))
+        crossed = _is_crossed(other, matrix, 1 - axis)
+        more = 0 if crossed else free // rank
+        if tightest is not None and tightest.more_tasks <= more:
+            continue
+        counts = [(h.task, len(h.indices.get(matrix.module, ()))) for h in own]
+        tightest = Room(
+            composition=composition,
+            tasks=tasks,
+            rank=rank,
+            more_tasks=more,
+            module=matrix.module,
+            axis=AXES[axis],
+            size=matrix.shape[axis],
+            free=free,
+            holders={task: count for task, count in counts if task is not None and count},
+            protected=sum(count for task, count in counts if task is None),
+            crossed=crossed,
+        )
+    assert tightest is not None  # Geometry.select refuses to select nothing
+    return tightest
+
+
+def find_rooms(registry: Registry, model: str, ranks: Mapping[Matrix, int], variant: Variant) -> dict[str, Room]:
+    """`room` of every composition of a model that has tasks. `ranks`: matrices as the registry names them."""
+    with registry.reading() as ledger:
+        holdings, names = ledger.holdings(model), ledger.compositions(model)
+    return {name: room(holdings, name, ranks, variant) for name in names}
 
 
 def matrix_ranks(
@@ -134,10 +246,203 @@ def matrix_ranks(
         ranks[matrix] = pattern_value(rank_pattern or {}, matrix.module, rank)
         if ranks[matrix] > matrix.shape[axis]:
             raise UsageError(
-                f"rank {ranks[matrix]} is above the {matrix.shape[axis]} {_AXES[axis]} of {matrix.module}: "
+                f"rank {ranks[matrix]} is above the {matrix.shape[axis]} {AXES[axis]} of {matrix.module}: "
                 f"lower it, or give that matrix its own with rank_pattern"
             )
     return ranks
+
+
+@dataclass(frozen=True)
+class _New:
+    """A task that gets indices now: a new one, or one that gives up those it has."""
+
+    task: str
+    variant: Variant
+    rank: int
+    ranks: Mapping[Matrix, int]
+    compositions: tuple[str, ...]
+    moved: bool = False
+
+
+@dataclass
+class _Plan:
+    """What one call of `allocate` is about to write. `holdings` is what is held already."""
+
+    ledger: Ledger
+    geometry: Geometry
+    seed: int
+    holdings: list[Holding]
+    new: list[_New] = field(default_factory=list)
+
+    def join(self, task: str, names: Sequence[str], reallocate: bool) -> None:
+        """Take a task that holds claims into more compositions, with the indices it has or, if it may, new ones."""
+        if any(new.task == task for new in self.new):  # moved out of another task's way just now
+            place, now = next((place, new) for place, new in enumerate(self.new) if new.task == task)
+            self.new[place] = replace(now, compositions=tuple(dict.fromkeys((*now.compositions, *names))))
+            return
+        mine = self._holding(task)
+        for name in names:
+            in_the_way = self._meets(mine, name)
+            if not in_the_way:
+                self.ledger.join(self.geometry.model, task, name)
+                mine = self._replace(replace(mine, compositions=mine.compositions | {name}))
+                continue
+            others = [self._holding(other) for other in in_the_way]
+            if reallocate and mine.stage == "allocated":
+                self._move(mine, (*mine.compositions, *names))
+                return
+            if not reallocate or any(other.stage != "allocated" for other in others):
+                raise AllocationError(_conflict(mine, name, in_the_way, others, reallocate))
+            for other in others:
+                self._move(other, tuple(other.compositions))
+            self.ledger.join(self.geometry.model, task, name)
+            mine = self._replace(replace(mine, compositions=mine.compositions | {name}))
+
+    def write(self) -> dict[str, TaskClaims]:
+        """Draw for the new tasks, and write them; returns their claims. `holdings` has them from then on."""
+        written: dict[str, TaskClaims] = {}
+        drawn = self._draw(self._order())
+        for new in self.new:
+            indices = drawn[new.task]
+            claims = TaskClaims(
+                model=self.geometry.model,
+                geometry_digest=self.geometry.digest,
+                composition=new.compositions[0],
+                task=new.task,
+                variant=new.variant,
+                rank=new.rank,
+                regions={matrix.module: Region(new.variant, indices[matrix]) for matrix in new.ranks},
+            )
+            written[new.task] = self.ledger.add(claims, new.compositions)
+            held = {module: np.asarray(region.indices, np.uint32) for module, region in claims.regions.items()}
+            self.holdings.append(Holding(new.task, new.variant, "allocated", frozenset(new.compositions), held))
+        return written
+
+    def _order(self) -> list[_New]:
+        """The new tasks, class by class of a colouring: first fit in this order needs no more blocks than classes."""
+        if len(self.new) < 2:
+            return self.new
+        from .conflicts import colour
+
+        classes = colour(_conflict_graph(self.new)).classes
+        named = {new.task: new for new in self.new}
+        return [named[task] for names in classes for task in names]
+
+    def _draw(self, order: Sequence[_New]) -> dict[str, dict[Matrix, tuple[int, ...]]]:
+        found: dict[str, dict[Matrix, tuple[int, ...]]] = {}
+        drawn = list(self.holdings)
+        for new in order:
+            indices = found[new.task] = {}
+            near = [h for h in drawn if h.task is None or not h.compositions.isdisjoint(new.compositions)]
+            axis = own_axis(new.variant)
+            own, other = _on(near, axis), _on(near, 1 - axis)
+            for matrix, rank in new.ranks.items():
+                taken = _taken(own, matrix, axis)
+                if _is_crossed(other, matrix, 1 - axis):
+                    raise AllocationError(
+                        f"{matrix.module}: other tasks own all of its {matrix.shape[1 - axis]} {AXES[1 - axis]}, so "
+                        f"{new.variant} {AXES[axis]} of task {new.task!r} would have no cell left: use the other "
+                        "variant, or another composition"
+                    )
+                if np.count_nonzero(~taken) < rank:
+                    raise AllocationError(self._full(new, matrix, rank, taken, order))
+                key = (self.seed, self.geometry.digest, matrix.module)
+                indices[matrix] = draw(matrix.shape[axis], rank, *key, taken=taken)
+            held = {matrix.module: np.asarray(got, np.uint32) for matrix, got in indices.items()}
+            drawn.append(Holding(new.task, new.variant, "allocated", frozenset(new.compositions), held))
+        return found
+
+    def _full(self, new: _New, matrix: Matrix, rank: int, taken: npt.NDArray[np.bool_], order: Sequence[_New]) -> str:
+        """Why a task does not fit: the tasks that all meet and need more than there is, where that is the reason."""
+        from .conflicts import clique
+
+        axis = own_axis(new.variant)
+        weights = {
+            h.task: len(h.indices[matrix.module])
+            for h in self.holdings
+            if h.task is not None and own_axis(h.variant) == axis and matrix.module in h.indices
+        }
+        weights |= {n.task: n.ranks[matrix] for n in order if own_axis(n.variant) == axis and matrix in n.ranks}
+        graph = _conflict_graph([*self.holdings, *order]).subgraph(weights)
+        names = clique(graph, weights=weights, containing=new.task)
+        need = sum(weights[name] for name in names)
+        size, protected = (
+            matrix.shape[axis],
+            int(np.count_nonzero(_taken(_on(self._protections(), axis), matrix, axis))),
+        )
+        kept = f" ({protected} more are protected)" if protected else ""
+        other = "fb" if new.variant == "fa" else "fa"
+        advice = f"lower the rank, use {other}, or another composition"
+        if need > size - protected:
+            shown = ", ".join(f"{name} {weights[name]}" for name in names[:6]) + (", ..." if len(names) > 6 else "")
+            return (
+                f"{matrix.module} has {size - protected} {AXES[axis]} to give{kept}, and {len(names)} tasks that all "
+                f"meet each other need {need} ({shown}): {advice}"
+            )
+        held = int(np.count_nonzero(taken))
+        return (
+            f"{matrix.module} has {size} {AXES[axis]}, {held} are claimed by tasks that {new.task!r} meets, and it "
+            f"needs {rank}: no arrangement was found, though no more than {need} are needed by tasks that all meet: "
+            f"release and allocate them together, or {advice}"
+        )
+
+    def _protections(self) -> list[Holding]:
+        return [holding for holding in self.holdings if holding.task is None]
+
+    def _holding(self, task: str) -> Holding:
+        return next(holding for holding in self.holdings if holding.task == task)
+
+    def _replace(self, new: Holding) -> Holding:
+        self.holdings = [new if holding.task == new.task else holding for holding in self.holdings]
+        return new
+
+    def _meets(self, mine: Holding, composition: str) -> dict[str, list[str]]:
+        """Tasks of a composition whose cells `mine` owns as well: task -> modules."""
+        unsettled = set(self.ledger.unsettled(self.geometry.model, str(mine.task), composition))
+        found: dict[str, list[str]] = {}
+        for other in self.holdings:
+            if other.task in (None, mine.task) or composition not in other.compositions:
+                continue
+            shared = [module for module in mine.indices if module in other.indices]
+            if other.variant == mine.variant:
+                shared = [m for m in shared if np.intersect1d(mine.indices[m], other.indices[m]).size]
+            elif other.task not in unsettled:
+                continue
+            if shared:
+                found[str(other.task)] = shared
+        return found
+
+    def _move(self, holding: Holding, compositions: Collection[str]) -> None:
+        task = str(holding.task)
+        claims = next(iter(self.ledger.memberships(self.geometry.model, task).values()))
+        self.ledger.release(self.geometry.model, task)
+        self.holdings = [other for other in self.holdings if other.task != task]
+        ranks = {self.geometry.find(module): region.rank for module, region in claims.regions.items()}
+        names = tuple(dict.fromkeys(sorted(compositions)))
+        self.new.append(_New(task, claims.variant, claims.rank, ranks, names, moved=True))
+
+
+def _wanted_compositions(
+    tasks: Sequence[str], composition: str | Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    """Task -> the compositions it shall be in, tasks in the order given."""
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    given = {composition: names} if isinstance(composition, str) else composition
+    found: dict[str, tuple[str, ...]] = {name: () for name in names}
+    for where, members in given.items():
+        check_name(where, "composition")
+        for task in members:
+            check_name(task)
+            found[task] = (*found.get(task, ()), where)
+        if len(set(members)) != len(members):
+            shown = f" {where}" if not isinstance(composition, str) else ""
+            raise UsageError(f"a task is named twice{shown} in {', '.join(members)}: name each once")
+    if not found:
+        raise UsageError("no task to allocate for: name at least one")
+    outside = [task for task, there in found.items() if not there]
+    if outside:
+        raise UsageError(f"task {outside[0]!r} is in none of the compositions: add it to one, or leave it out")
+    return found
 
 
 def _check_same(held: TaskClaims, variant: Variant, rank: int, wanted: Mapping[Matrix, int]) -> None:
@@ -153,46 +458,54 @@ def _check_same(held: TaskClaims, variant: Variant, rank: int, wanted: Mapping[M
     )
 
 
-def _draw(matrix: Matrix, rank: int, variant: Variant, taken: _Taken, key: tuple[object, ...]) -> Region:
-    axis = own_axis(variant)
-    size = matrix.shape[axis]
-    mine = taken.get((matrix.module, axis), _NONE)
-    if size - len(mine) < rank:
-        other = "fb" if variant == "fa" else "fa"
-        raise AllocationError(
-            f"{matrix.module} has {size} {_AXES[axis]}, {len(mine)} are claimed; rank {rank} needs {rank}: "
-            f"lower the rank, use {other}, or another composition"
-        )
-    crossed = np.sort(taken.get((matrix.module, 1 - axis), _NONE)).tolist()
-    if len(crossed) == matrix.shape[1 - axis]:
-        raise AllocationError(
-            f"{matrix.module}: other tasks own all of its {len(crossed)} {_AXES[1 - axis]}, so {variant} {_AXES[axis]} "
-            "would have no cell left: use the other variant, or another composition"
-        )
-    is_free = np.ones(size, bool)
-    is_free[mine] = False
-    free = np.flatnonzero(is_free)
-    indices = np.sort(free[draw(len(free), rank, *key, matrix.module)]).tolist()
-    return Region(variant, tuple(indices), tuple(crossed))
+def _on(holdings: Iterable[Holding], axis: int) -> list[Holding]:
+    """Those that claim on this axis."""
+    return [holding for holding in holdings if own_axis(holding.variant) == axis]
 
 
-def _reuse(ledger: Ledger, held: TaskClaims, composition: str, taken: _Taken) -> TaskClaims:
-    """The claims of a task in another composition, for this one as well: same regions, or an error."""
-    axis = own_axis(held.variant)
-    for module, region in held.regions.items():
-        same = set(taken.get((module, axis), _NONE).tolist()).intersection(region.indices)
-        crossed = set(taken.get((module, 1 - axis), _NONE).tolist()).difference(region.excluded)
-        if same or crossed:
-            there = ledger.claims(held.model, composition).values()
-            owner = next(
-                claims.task
-                for claims in there
-                if module in claims.regions
-                and set(claims.regions[module].indices) & (same if claims.variant == held.variant else crossed)
-            )
-            raise AllocationError(
-                f"task {held.task!r} has its indices from composition {held.composition!r}, and task {owner!r} of "
-                f"{composition!r} owns some of their cells in {module}: release one of the two and allocate it again, "
-                f"first where it meets the most tasks"
-            )
-    return replace(held, composition=composition)
+def _taken(holdings: Sequence[Holding], matrix: Matrix, axis: int) -> npt.NDArray[np.bool_]:
+    """(size of the axis,): which indices one of them, all of them on this axis, holds."""
+    taken = np.zeros(matrix.shape[axis], np.bool_)
+    held = [holding.indices[matrix.module] for holding in holdings if matrix.module in holding.indices]
+    if held:
+        taken[np.concatenate(held)] = True
+    return taken
+
+
+def _is_crossed(holdings: Sequence[Holding], matrix: Matrix, axis: int) -> bool:
+    """Whether those that claim on this axis leave no cell of the matrix to the other one."""
+    return bool(holdings) and bool(_taken(holdings, matrix, axis).all())
+
+
+def _conflict_graph(holders: Iterable[Holding | _New]) -> Any:
+    from .conflicts import conflict_graph
+
+    members: dict[str, list[str]] = {}
+    alone = []
+    for holder in holders:
+        if holder.task is None:
+            continue
+        alone.append(holder.task)
+        for name in holder.compositions:
+            members.setdefault(name, []).append(holder.task)
+    return conflict_graph(members)
+
+
+def _conflict(
+    mine: Holding, composition: str, in_the_way: Mapping[str, list[str]], others: Sequence[Holding], reallocate: bool
+) -> str:
+    """The line that names both tasks, the matrices, and the way out."""
+    other, modules = next(iter(in_the_way.items()))
+    shown = ", ".join(modules[:3]) + (", ..." if len(modules) > 3 else "")
+    more = f", and {len(in_the_way) - 1} more tasks do" if len(in_the_way) > 1 else ""
+    problem = (
+        f"task {mine.task!r} cannot join composition {composition!r} with its indices: task {other!r} there owns "
+        f"the same cells in {len(modules)} matrices ({shown}){more}"
+    )
+    trained = [str(h.task) for h in (mine, *others) if h.stage != "allocated"]
+    movable = mine.stage == "allocated" or all(h.stage == "allocated" for h in others)
+    if movable and not reallocate:
+        who = f"{mine.task!r} is" if mine.stage == "allocated" else "those in its way are"
+        return f"{problem}; {who} not trained yet: run it again with --reallocate for new indices"
+    names = ", ".join(trained)
+    return f"{problem}; {names} are trained or in training: leave them in separate compositions, or train anew"

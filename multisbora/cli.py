@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from .cli_registry import registry_app
 from .errors import MultisboraError, UsageError, VerificationError
+from .terminal import (
+    Composition,
+    DryRun,
+    Json,
+    Model,
+    Rank,
+    Targets,
+    Task,
+    Tasks,
+    VariantOption,
+    say,
+    show,
+    split,
+    split_targets,
+    table,
+)
 
 app = typer.Typer(
     help="Train many tasks apart, each in its own region of one base model, and merge any of them exactly.",
@@ -19,59 +34,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(registry_app, name="registry")
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")]
-Model = Annotated[str | None, typer.Option("--model", help="Base model: a hub id or a folder.")]
-Tasks = Annotated[str | None, typer.Option("--tasks", help="Task names, separated by commas.")]
-Task = Annotated[str, typer.Option("--task", help="Name of the task.")]
-VariantOption = Annotated[str | None, typer.Option("--variant", help="fa owns columns, fb owns rows.")]
-Rank = Annotated[int | None, typer.Option("--rank", help="Columns or rows that a task owns of each matrix.")]
-Targets = Annotated[str | None, typer.Option("--targets", help="Target modules, separated by commas, or all-linear.")]
-Composition = Annotated[
-    str | None, typer.Option("--composition", help="Name of the set of tasks that may be merged together.")
-]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Another value for a key of the recipe, e.g. training.epochs=1."),
 ]
 Output = Annotated[Path, typer.Option("--output", help="Folder to make.")]
-
-
-def _split(names: str | None) -> list[str] | None:
-    if names is None:
-        return None
-    found = [name.strip() for name in names.split(",") if name.strip()]
-    if not found:
-        raise UsageError(f"{names!r} names nothing: separate names with commas")
-    return found
-
-
-def _targets(text: str | None) -> Any:
-    return "all-linear" if text == "all-linear" else _split(text)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def _show(result: Any, as_json: bool, lines: Iterable[str]) -> None:
-    if as_json:
-        print(json.dumps(result, indent=2))
-    else:
-        for line in lines:
-            print(line)
-
-
-def _table(rows: Sequence[Sequence[object]]) -> list[str]:
-    """Rows of equal length as aligned lines; the first is the heading. Numbers stand on the right."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [isinstance(cell, int | float) for cell in rows[-1]]
-    return [
-        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
-        for row in cells
-    ]
 
 
 def _quiet_libraries() -> None:
@@ -97,27 +66,37 @@ def init(
     """Make a project in this folder: write multisbora.yaml."""
     from .commands import new_project
 
-    project = new_project(model, variant=variant, rank=rank, targets=_targets(targets))
+    project = new_project(model, variant=variant, rank=rank, targets=split_targets(targets))
     if dry_run:
-        _show(project.model_dump(mode="json"), as_json, project.text().splitlines())
+        show(project.model_dump(mode="json"), as_json, project.text().splitlines())
     else:
         path = project.write()
-        _show(project.model_dump(mode="json"), as_json, [f"wrote {path}: next, `multisbora allocate --tasks ...`"])
+        show(project.model_dump(mode="json"), as_json, [f"wrote {path}: next, `multisbora allocate --tasks ...`"])
 
 
 @app.command()
 def models(as_json: Json = False) -> None:
     """List the geometry cards: base models that can be planned and allocated without fetching them."""
-    from .geometry import card_names, from_card
+    from .cards import card_names, read_card
+    from .geometry import describe
 
-    cards = {name: from_card(name) for name in card_names()}
-    rows = [("card", "model", "matrices", "kinds")]
-    rows += [(name, card.model, len(card.matrices), " ".join(card.kinds())) for name, card in cards.items()]  # type: ignore[misc]
-    _show(
-        {name: {"model": c.model, "matrices": len(c.matrices), "kinds": list(c.kinds())} for name, c in cards.items()},
-        as_json,
-        _table(rows),
-    )
+    cards = {name: describe(read_card(name)) for name in card_names()}
+    rows: list[tuple[object, ...]] = [("card", "type", "layers", "hidden", "parameters", "matrices", "kinds", "hub id")]
+    for name, card in cards.items():
+        others = len(card["names"]) - 1
+        rows.append(
+            (
+                name,
+                card["model_type"],
+                card["layers"],
+                card["hidden_size"],
+                f"{card['parameters'] / 1e9:7.2f} B",
+                card["matrices"],
+                " ".join(card["kinds"]),
+                card["names"][0] + (f" and {others} more" if others else ""),
+            )
+        )
+    show(cards, as_json, table(rows))
 
 
 @app.command()
@@ -128,6 +107,10 @@ def plan(
     rank: Rank = None,
     targets: Targets = None,
     composition: Composition = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Rows of a micro-batch: predict the peak memory.")
+    ] = None,
+    length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens of each of these rows.")] = None,
     as_json: Json = False,
 ) -> None:
     """Say what tasks would cost and how many more fit. Writes nothing; with --model it needs no project."""
@@ -135,69 +118,93 @@ def plan(
     from .project import Project
 
     project = Project.load_or_default(model=model, variant=variant, rank=rank, composition=composition)
-    found = plan_tasks(project, _split(tasks) or [], _targets(targets))
-    lines = [
-        f"{found.model}: {found.variant} rank {found.rank} on {len(found.matrices)} matrices",
-        f"trainable parameters a task  {found.trainable_parameters:>13,}  ({found.trainable_parameters / 1e6:.1f}M)",
-        f"a LoRA of the same rank      {found.lora_parameters:>13,}  ({found.lora_parameters / 1e6:.1f}M)",
-        f"adapter bytes a task         {found.adapter_bytes:>13,}",
-        f"tasks that still fit         {found.capacity_tasks:>13,}",
-    ]
-    _show(found.to_json(), as_json, lines)
-    found.require_capacity()
+    if batch_size is not None:
+        _quiet_libraries()
+    found = plan_tasks(project, split(tasks) or [], split_targets(targets), batch_size, length)
+    show(found.to_json(), as_json, found.lines())
+    found.plan.require_capacity()
 
 
 @app.command()
 def allocate(
-    tasks: Annotated[str, typer.Option("--tasks", help="Task names, separated by commas.")],
+    tasks: Tasks = None,
     variant: VariantOption = None,
     rank: Rank = None,
     targets: Targets = None,
     composition: Composition = None,
+    compositions: Annotated[
+        Path | None,
+        typer.Option("--compositions", help="YAML file of several compositions, a line `name: [task, task]` each."),
+    ] = None,
+    reallocate: Annotated[
+        bool,
+        typer.Option("--reallocate", help="Give tasks that are not trained other indices where they are in the way."),
+    ] = False,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
     """Give each task its own region of every target matrix. Again gives the same; all tasks or none."""
-    from .commands import allocate_tasks
+    from .lifecycle import allocate_tasks, read_compositions
     from .project import Project
 
+    if (tasks is None) == (compositions is None):
+        raise UsageError("name the tasks with --tasks, or tasks and compositions in a file with --compositions")
+    if composition is not None and compositions is not None:
+        raise UsageError("--composition names one composition and --compositions a file of several: give one of them")
+
     project = Project.load(variant=variant, rank=rank, composition=composition)
-    found = allocate_tasks(project, _split(tasks) or [], _targets(targets), dry_run=dry_run, say=_say)
+    several = read_compositions(compositions) if compositions is not None else None
+    found = allocate_tasks(
+        project, split(tasks) or [], several, split_targets(targets), reallocate, dry_run=dry_run, say=say
+    )
     rows = [("task", "variant", "rank", "matrices", "indices")]
     rows += [
         (name, c.variant, c.rank, len(c.regions), sum(r.rank for r in c.regions.values()))  # type: ignore[misc]
         for name, c in found.tasks.items()
     ]
-    _show(found.to_json(), as_json, _table(rows))
+    rooms = [f"{name}: {room.line}" for name, room in found.compositions.items()]
+    moved = [f"given other indices: {', '.join(found.moved)}"] if found.moved else []
+    show(found.to_json(), as_json, [*table(rows), "", *moved, *rooms])
 
 
 @app.command()
 def status(composition: Composition = None, as_json: Json = False) -> None:
     """Say who owns what, what is trained, and what is free."""
-    from . import commands
+    from . import lifecycle
     from .project import Project
 
-    found = commands.status(Project.load(composition=composition))
-    rows = [("task", "variant", "rank", "matrices", "adapter")]
-    rows += [(t, s["variant"], s["rank"], s["matrices"], s["adapter"]) for t, s in found["tasks"].items()]
+    found = lifecycle.status(Project.load(composition=composition))
+    rows = [("task", "variant", "rank", "matrices", "stage", "adapter here")]
+    rows += [(t, s["variant"], s["rank"], s["matrices"], s["stage"], s["adapter"]) for t, s in found["tasks"].items()]
+    others: list[tuple[object, ...]] = [("composition", "tasks", "more that fit")]
+    others += [(name, len(c["tasks"]), c["more_tasks"]) for name, c in found["compositions"].items()]
     axes = [("kind", "axis", "size", "claimed", "free")]
     axes += [(f["kind"], f["axis"], f["size"], f["claimed"], f["free"]) for f in found["free"]]
     heading = f"{found['model']}, composition {found['composition']}"
     nothing = ["no task holds claims: `multisbora allocate --tasks ...`"]
-    _show(found, as_json, [heading, "", *(_table(rows) if found["tasks"] else nothing), "", *_table(axes)])
+    shown = [heading, "", *(table(rows) if found["tasks"] else nothing), "", *table(axes)]
+    show(found, as_json, [*shown, *(["", *table(others)] if found["compositions"] else [])])
 
 
 @app.command()
-def release(task: Task, composition: Composition = None, as_json: Json = False, dry_run: DryRun = False) -> None:
+def release(
+    task: Task,
+    composition: Composition = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also if a merged checkpoint here depends on it, or it is being trained.")
+    ] = False,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
     """Give a task's claims back. Its adapter and the registry's history stay."""
-    from . import commands
+    from . import lifecycle
     from .project import Project
 
     project = Project.load(composition=composition)
-    commands.release(project, task, dry_run=dry_run)
+    lifecycle.release(project, task, force=force, dry_run=dry_run)
     verb = "would give back" if dry_run else "gave back"
     result = {"task": task, "composition": project.composition}
-    _show(result, as_json, [f"{verb} the claims of {task} in composition {project.composition}"])
+    show(result, as_json, [f"{verb} the claims of {task} in composition {project.composition}"])
 
 
 @app.command()
@@ -215,12 +222,12 @@ def train(
 
     overrides = [*(set_ or []), *([f"training.max_steps={max_steps}"] if max_steps is not None else [])]
     project = Project.load(composition=composition)
-    found = train_task(project, task, overrides, dry_run=dry_run, say=_say, quiet=_quiet_libraries)
+    found = train_task(project, task, overrides, dry_run=dry_run, say=say, quiet=_quiet_libraries)
     line = f"{found.steps} steps, {found.tokens:,} tokens, {found.trainable_parameters:,} trainable parameters"
     if dry_run:
-        _show(found.to_json(), as_json, [f"{found.adapter} would be trained: {line}"])
+        show(found.to_json(), as_json, [f"{found.adapter} would be trained: {line}"])
     else:
-        _show(found.to_json(), as_json, [f"{found.adapter}: {line}, loss {found.loss:.4f}, {found.seconds:.0f} s"])
+        show(found.to_json(), as_json, [f"{found.adapter}: {line}, loss {found.loss:.4f}, {found.seconds:.0f} s"])
 
 
 @app.command()
@@ -243,12 +250,12 @@ def merge(
 
     receipt = merge_tasks(
         Project.load(composition=composition),
-        _split(tasks),
+        split(tasks),
         _weights(weight or []),
         output,
         allow_base_mismatch=allow_base_mismatch,
         dry_run=dry_run,
-        say=_say,
+        say=say,
     )
     rows = [("task", "lambda", "variant", "cells owned", "cells changed")]
     rows += [
@@ -256,7 +263,7 @@ def merge(
         for name, t in receipt.tasks.items()
     ]
     end = f"would write {output}" if dry_run else f"wrote {output}: prove it with `multisbora verify {output}`"
-    _show(receipt.to_json(), as_json, [*_table(rows), end])
+    show(receipt.to_json(), as_json, [*table(rows), end])
 
 
 @app.command()
@@ -271,12 +278,12 @@ def verify(
     """Prove a merged checkpoint against its base and adapters. Exit code 3 and the first wrong cell if it is wrong."""
     from .commands import verify_merged
 
-    proof = verify_merged(path, base, adapter, say=_say)
+    proof = verify_merged(path, base, adapter, say=say)
     lines = [
         f"{proof.tensors} tensors, {proof.cells_changed:,} cells changed, "
         f"{proof.cells_outside_regions} of them outside the tasks' regions"
     ]
-    _show(proof.to_json(), as_json, [*lines, *([f"{path} is what its base and adapters make it"] if proof.ok else [])])
+    show(proof.to_json(), as_json, [*lines, *([f"{path} is what its base and adapters make it"] if proof.ok else [])])
     if not proof.ok:
         raise VerificationError(f"{path} does not hold: {proof.problem}")
 
@@ -306,11 +313,11 @@ def evaluate(
 
     found = evaluate_path(
         path,
-        _split(tasks) or [],
+        split(tasks) or [],
         set_ or [],
         record,
         quiet=_quiet_libraries,
-        say=_say,
+        say=say,
         method=method,
         limit=limit,
         batch_size=batch_size,
@@ -322,7 +329,7 @@ def evaluate(
     for task, scores in found["tasks"].items():
         rows += [(task, s, v["n"], *map(_figure, (v["score"], v["nll"]))) for s, v in scores["subsets"].items()]
         rows += [(task, "all", scores["n"], *map(_figure, (scores["score"], scores["nll"])))]
-    _show(found, as_json, _table(rows))
+    show(found, as_json, table(rows))
 
 
 @app.command()
@@ -337,9 +344,9 @@ def export(
     from .commands import export_task
     from .project import Project
 
-    export_task(Project.load(), task, format, output, dry_run=dry_run, say=_say)
+    export_task(Project.load(), task, format, output, dry_run=dry_run, say=say)
     result = {"task": task, "format": format, "output": str(output)}
-    _show(result, as_json, [f"would write {output}" if dry_run else f"wrote {output}"])
+    show(result, as_json, [f"would write {output}" if dry_run else f"wrote {output}"])
 
 
 @app.command()
@@ -353,12 +360,10 @@ def demo(
 
     if dry_run:
         check_folder(output)
-        _show(
-            {"folder": str(output)}, as_json, [f"would make a project in {output} and run the commands of the README"]
-        )
+        show({"folder": str(output)}, as_json, [f"would make a project in {output} and run the commands of the README"])
         return
-    found = run_demo(output, say=_say)
-    _show(found.to_json(), as_json, found.lines())
+    found = run_demo(output, say=say)
+    show(found.to_json(), as_json, found.lines())
 
 
 def _figure(value: float | None) -> str:

@@ -6,21 +6,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter
-from .allocator import DEFAULT_TARGETS, Allocation, allocate
+from .allocator import DEFAULT_TARGETS, Room, find_rooms
 from .checkpoint import RECEIPT_FILE, check_output
 from .errors import AdapterError, RegistryError, UsageError, VerificationError
-from .plan import Plan, plan
+from .lifecycle import existing, required, resolve_targets
+from .memory import Peak, find_config, predict_peak
+from .ownership import Ownership, ownership
+from .plan import METHODS, Plan, plan
 from .project import PROJECT_FILE, Project
 from .recipe import Recipe, load
-from .region import own_axis
-from .registry import Registry, TaskClaims
+from .registry import Registry
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
@@ -41,98 +42,82 @@ def new_project(model: str, **flags: Any) -> Project:
     return project
 
 
-def plan_tasks(project: Project, tasks: Sequence[str], targets: Any) -> Plan:
-    """What tasks would cost, with the registry's claims counted where there is a registry. Writes nothing."""
-    registry = _existing(project)
+@dataclass(frozen=True)
+class Forecast:
+    """What `plan` says: costs, predicted peak memory if asked for, what still fits where, and who owns what."""
+
+    plan: Plan
+    peak: Peak | None
+    rooms: dict[str, Room]
+    ownership: Ownership
+
+    def to_json(self) -> dict[str, Any]:
+        peak = {} if self.peak is None else {"peak": self.peak.to_json()}
+        rooms = {name: found.to_json() for name, found in self.rooms.items()}
+        return {**self.plan.to_json(), **peak, "compositions": rooms, "ownership": self.ownership.to_json()}
+
+    def lines(self) -> Iterator[str]:
+        plan = self.plan
+        costs = {method: plan.cost(method) for method in METHODS}
+        figures = {
+            "trainable parameters a task": plan.trainable_parameters,
+            "a LoRA of the same rank": plan.lora_parameters,
+            "adapter file, bytes": plan.adapter_bytes,
+            "gradients, bytes": costs[plan.variant].gradient_bytes,
+            "AdamW's state, bytes": costs[plan.variant].optimizer_bytes,
+            **{f"saved for backward a token, {m}": cost.activation_bytes_per_token for m, cost in costs.items()},
+        }
+        if self.peak is not None:
+            parts = {part: n for part, n in self.peak.to_json().items() if part not in ("tokens", "gradients")}
+            figures |= {f"peak memory, {part}": n for part, n in parts.items()}
+        figures["tasks that still fit"] = plan.capacity_tasks
+        yield f"{plan.model}: {plan.variant} rank {plan.rank} on {len(plan.matrices)} matrices"
+        yield from (f"{what:<34}{number:>17,}" for what, number in figures.items())
+        yield from (f"{name}: {found.line}" for name, found in self.rooms.items())
+        yield ""
+        yield from self.ownership.lines()
+
+
+def plan_tasks(
+    project: Project, tasks: Sequence[str], targets: Any, batch_size: int | None = None, length: int | None = None
+) -> Forecast:
+    """What tasks would cost and who owns what, with the registry's claims counted where there is a registry.
+
+    The peak memory is predicted where `batch_size` (rows of a micro-batch) and `length` (tokens a row) are given, with
+    gradient checkpointing if every task's recipe has it. Writes nothing.
+    """
+    if (batch_size is None) != (length is None):
+        raise UsageError("--batch-size and --length belong together: give rows and tokens a row, or neither")
+    geometry = project.outline()
+    registry = existing(project)
+    rooms: dict[str, Room] = {}
     with registry or contextlib.nullcontext():
+        geometry = registry.named(geometry) if registry else geometry
         held = registry.claims(project.model_name, project.composition) if registry else {}
-        return plan(
-            project.outline(),
+        found = plan(
+            geometry,
             variant=project.variant,
             rank=project.rank,
-            target_modules=_resolve_targets(project, tasks, targets),
+            target_modules=resolve_targets(project, tasks, targets),
             tasks=len([task for task in tasks if task not in held]) if tasks else 1,
             registry=registry,
             composition=project.composition,
         )
-
-
-def _resolve_targets(project: Project, tasks: Sequence[str], targets: Any) -> Any:
-    """The flag's targets, else those that the tasks' recipes name, else the project's."""
-    wanted = [targets or load(task, Path(project.recipes)).target_modules or project.targets for task in tasks]
-    if any(found != wanted[0] for found in wanted):
-        raise UsageError(f"the recipes of {', '.join(tasks)} name different target modules: allocate them one by one")
-    return wanted[0] if wanted else targets or project.targets
-
-
-def allocate_tasks(project: Project, tasks: Sequence[str], targets: Any, dry_run: bool, say: Say) -> Allocation:
-    """Claims for tasks."""
-    target_modules = _resolve_targets(project, tasks, targets)
-    geometry = project.geometry(say)
-    settings: dict[str, Any] = {
-        "variant": project.variant,
-        "rank": project.rank,
-        "composition": project.composition,
-        "target_modules": target_modules,
-        "seed": project.seed,
-    }
-    registry = _existing(project)
-    if registry is None:  # tried in memory first: what cannot be allocated makes no store
-        with Registry.open("sqlite://") as trial:
-            found = allocate(trial, geometry, tasks, **settings)
-        if dry_run:
-            return found
-        registry = Registry.open(project.registry)
-    with registry:
-        return allocate(registry, geometry, tasks, dry_run=dry_run, **settings)
-
-
-def status(project: Project) -> dict[str, Any]:
-    """`{"model", "composition", "tasks": {task: {...}}, "free": [{kind, axis, size, claimed, free}]}`."""
-    geometry = project.geometry()
-    registry = _existing(project)
-    if registry is None:
-        claims: dict[str, TaskClaims] = {}
-        taken: dict[tuple[str, int], int] = {}
-    else:
-        with registry:
-            claims = registry.claims(project.model_name, project.composition)
-            taken = registry.claimed(project.model_name, project.composition)
-    tasks = {
-        name: {
-            "variant": held.variant,
-            "rank": held.rank,
-            "matrices": len(held.regions),
-            "adapter": _adapter_state(project, held),
-        }
-        for name, held in claims.items()
-    }
-    free = []
-    axes = sorted({own_axis(held.variant) for held in claims.values()} or {own_axis(project.variant)}, reverse=True)
-    for kind in geometry.kinds():
-        matrices = [matrix for matrix in geometry.matrices if matrix.kind == kind]
-        for axis in axes:
-            tight = min(matrices, key=lambda m: m.shape[axis] - taken.get((m.module, axis), 0))
-            claimed = taken.get((tight.module, axis), 0)
-            size = tight.shape[axis]
-            free.append(
-                {
-                    "kind": kind,
-                    "axis": ("rows", "columns")[axis],
-                    "size": size,
-                    "claimed": claimed,
-                    "free": size - claimed,
-                }
-            )
-    return {"model": project.model, "composition": project.composition, "tasks": tasks, "free": free}
-
-
-def release(project: Project, task: str, dry_run: bool) -> None:
-    """Give back what a task holds in the project's composition."""
-    with _required(project) as registry:
-        registry.task(project.model_name, task, project.composition)
-        if not dry_run:
-            registry.release(project.model_name, task, project.composition)
+        protected = registry.protected(project.model_name) if registry else {}
+        if registry:
+            rooms = find_rooms(registry, project.model_name, found.ranks, project.variant)
+    peak = None
+    if batch_size is not None and length is not None:
+        training = [load(task, Path(project.recipes)).training for task in tasks]
+        peak = predict_peak(
+            find_config(project.model),
+            found,
+            batch_size,
+            length,
+            gradient_checkpointing=bool(training) and all(settings.gradient_checkpointing for settings in training),
+            dropout=max((settings.dropout for settings in training), default=0.0),
+        )
+    return Forecast(found, peak, rooms, ownership(geometry, held, found, protected))
 
 
 def train_task(
@@ -140,7 +125,7 @@ def train_task(
 ) -> TrainResult:
     """Train one task on the claims that the registry holds for it."""
     recipe = load(task, Path(project.recipes), overrides)
-    with _required(project, task) as registry:
+    with required(project, task) as registry:
         claims = registry.task(project.model_name, task, project.composition)
     output = project.adapter(task)
     if output.exists():
@@ -149,7 +134,10 @@ def train_task(
     from .train import train
 
     quiet()
-    return train(
+    if not dry_run:
+        with required(project, task) as registry:
+            registry.mark(claims, "training")
+    found = train(
         recipe,
         base,
         claims,
@@ -160,6 +148,10 @@ def train_task(
         dry_run=dry_run,
         say=say,
     )
+    if not dry_run:
+        detail = {"adapter_digest": Adapter.read(output).digest}
+        _tell(project, say, f"{output} is complete", lambda registry: registry.mark(claims, "trained", detail))
+    return found
 
 
 def merge_tasks(
@@ -172,7 +164,7 @@ def merge_tasks(
     say: Say,
 ) -> Receipt:
     """Merge trained tasks of the project's composition; None takes all that hold claims in it."""
-    with _required(project) as registry:
+    with required(project) as registry:
         claims = registry.claims(project.model_name, project.composition)
         chosen = list(tasks or claims)
         if not chosen:
@@ -189,7 +181,7 @@ def merge_tasks(
     base = project.base(say)
     from .merge import merge
 
-    return merge(
+    receipt = merge(
         base,
         [project.adapter(task) for task in chosen],
         weights,
@@ -199,6 +191,20 @@ def merge_tasks(
         allow_base_mismatch=allow_base_mismatch,
         dry_run=dry_run,
     )
+    if not dry_run:
+        detail = {"output": str(output), "weights": {name: task.weight for name, task in receipt.tasks.items()}}
+        event = ("merge", project.model_name, project.composition, None, detail)
+        _tell(project, say, f"{output} is complete", lambda registry: registry.record(*event))
+    return receipt
+
+
+def _tell(project: Project, say: Say, done: str, what: Callable[[Registry], None]) -> None:
+    """Tell the registry what was done. What it says against it cannot undo that, so it is passed on as a message."""
+    try:
+        with required(project) as registry:
+            what(registry)
+    except RegistryError as error:
+        say(f"multisbora: {done}, but the registry was not told: {error}")
 
 
 def verify_merged(path: Path, base: str | None, adapters: Sequence[Path] | None, say: Say) -> Proof:
@@ -270,40 +276,3 @@ def export_task(project: Project, task: str, format: str, output: Path, dry_run:
         check_output(output)
         return
     export_peft_lora(folder, output, project.geometry(say))
-
-
-def _adapter_state(project: Project, held: TaskClaims) -> str:
-    folder = project.adapter(held.task)
-    if not folder.is_dir():
-        started = folder.with_name(f"{folder.name}.run").is_dir()
-        return "interrupted or training" if started else "not trained"
-    try:
-        trained_on = Adapter.read(folder).claim_digest
-    except AdapterError:
-        return "damaged"
-    return "trained" if trained_on == held.digest else "trained on other claims"
-
-
-def _existing(project: Project) -> Registry | None:
-    """The project's registry, or None where nothing was ever allocated."""
-    try:
-        return Registry.open(project.registry, create=False)
-    except RegistryError:
-        if _is_missing_file(project.registry):
-            return None
-        raise
-
-
-def _required(project: Project, task: str | None = None) -> Registry:
-    registry = _existing(project)
-    if registry is None:
-        which = f"task {task} holds no claims" if task else "no task holds claims"
-        raise RegistryError(
-            f"{which}, registry {project.registry} does not exist: `multisbora allocate --tasks ...` first"
-        )
-    return registry
-
-
-def _is_missing_file(url: str) -> bool:
-    path = url.removeprefix("sqlite:///")
-    return path != url and not os.path.exists(path)

@@ -240,20 +240,21 @@ def pad(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
 def packs(model: PreTrainedModel) -> bool:
     """Whether a model keeps packed examples apart: asked of the model itself, with two short sequences.
 
-    Compares the logits of the second one in a packed batch with those that it has alone, by the model's own masks.
+    Compares the logits of the second one in a packed batch with those that it has alone: as a packed batch of one,
+    where they must agree closely, and by the model's own masks, whose 16-bit attention rounds in another way.
     """
     mode = model.training
     model.eval()
     one, two = Example([5, 6, 7, 8, 9], 1), Example([4, 3, 2, 1], 1)
     both, alone = pack([one, two]), pack([two])
-    del alone["example_lengths"]
+    plain = {key: value for key, value in alone.items() if key != "example_lengths"}
     try:
-        packed, wanted = (
+        packed, wanted, own = (
             model(
                 **{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"},
                 use_cache=False,
             ).logits[0]
-            for batch in (both, alone)
+            for batch in (both, alone, plain)
         )
     except TypeError:  # a model without position_ids or logits_to_keep
         return False
@@ -261,7 +262,11 @@ def packs(model: PreTrainedModel) -> bool:
         model.train(mode)
     if packed.shape[0] != both["logits_to_keep"].numel():
         return False
-    packed, wanted = packed[-wanted.shape[0] :].float(), wanted.float()
-    # Attention that leaks from one example into the next moves logits by far more than rounding does.
-    bound = 1e-3 if model.dtype == torch.float32 else 3e-2
-    return bool((packed - wanted).norm() <= bound * wanted.norm())
+    packed = packed[-wanted.shape[0] :].float()
+    # Attention that leaks from one example into the next moves logits by far more than rounding does: SmolLM2-135M's in
+    # bf16 by 0.84 of their norm, where rounding over its 30 layers makes up to 0.09.
+    bounds = (1e-3, 1e-3) if model.dtype == torch.float32 else (3e-2, 0.3)
+    return all(
+        bool((packed - other.float()).norm() <= bound * other.float().norm())
+        for other, bound in zip((wanted, own), bounds, strict=True)
+    )

@@ -24,6 +24,10 @@ class RegistryError(MultisboraError):
     """The store of claims cannot be opened, read or written."""
 
 
+class MissingRegistryError(RegistryError):
+    """No store of claims is there yet."""
+
+
 class AllocationError(RegistryError):
     """Claims that cannot be made: too few free indices, or a task that already holds other ones."""
 

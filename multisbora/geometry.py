@@ -1,36 +1,85 @@
 """Which matrices of a base model can be adapted: names, sizes, orientation. From a card or a checkpoint's headers.
 
-Geometry speaks of STORED tensors (design, section 3): a tied tensor is stored once and therefore listed once, and
-GPT-2's Conv1D matrices lie transposed on disk, which `orientation` says.
+Geometry speaks of STORED tensors (design, section 3): a tied tensor is stored once and therefore listed once, GPT-2's
+Conv1D matrices lie transposed on disk, which `orientation` says, and each expert has matrices of its own, although
+transformers fuses them to 3-D tensors in memory. The same model is stored under names with other leading parts here
+and there; `Names` says which names mean one module, and `Geometry.digest` and `Geometry.find` see through that.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
+from .cards import EXPERT, LAYER, Card, Orientation, card_text, grouped, read_card
 from .errors import GeometryError, UsageError
 from .header import read_headers
-from .resources import models_dir
-
-Orientation = Literal["linear", "conv1d"]
 
 # Their transformers implementations build every matrix of a block from Conv1D, which stores (in, out).
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _ADAPTABLE_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 _SUFFIX = ".weight"
 _IN_BLOCK = re.compile(r"(?:^|\.)\d+\.")
-_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
-_CARD_KEYS = {"names", "model_type", "config", "groups"}
-_GROUP_KEYS = {"module", "layers", "out", "in", "orientation"}
+_CONTAINER = re.compile(r"(?:^|(?<=\.))[^.]+\.\d+\.")
+# Parts that a class of transformers puts around the same blocks, in one order or another, and PEFT around those.
+_WRAPPERS = frozenset({"base_model", "model", "language_model"})
+_LANGUAGE = "language_model"
+_TOWERS = frozenset({"vision_tower", "vision_model", "vision_encoder", "vision_backbone", "visual"})
+_TOWERS |= {"audio_tower", "audio_model", "audio_encoder", "speech_encoder"}
+
+
+class Names:
+    """The names of one model's modules, each found also under the names that the same module has elsewhere.
+
+    A live model, the checkpoint that it came from and PEFT put other parts before the numbered blocks. Two names mean
+    one module where they are equal; else where they are equal from the container of the block on and only the wrappers
+    of transformers and PEFT stand before it, as in "language_model.model.layers.0..." and
+    "model.language_model.layers.0..."; else where one has more parts in front, as "transformer.h.0..." has before
+    "h.0...". A module of a vision or audio tower never stands for one outside of it.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = dict.fromkeys(names)
+        self._by_tail: dict[str, list[str]] = {}
+        for name in self._names:
+            self._by_tail.setdefault(_split(name)[1], []).append(name)
+
+    def find(self, module: str) -> list[str]:
+        """Those of the names that can mean `module`: one, or none, or several where it is not clear which."""
+        if module in self._names:
+            return [module]
+        head, tail = _split(module)
+        if _WRAPPERS.issuperset(head):
+            found = [name for name in self._by_tail.get(tail, ()) if _WRAPPERS.issuperset(_split(name)[0])]
+            if found:
+                return found
+        towers = _TOWERS.intersection(module.split("."))
+        return [
+            name
+            for name in self._names
+            if (module.endswith(f".{name}") and _IN_BLOCK.search(name))
+            or (name.endswith(f".{module}") and _IN_BLOCK.search(module))
+            if towers == _TOWERS.intersection(name.split("."))
+        ]
+
+
+def spellings(module: str) -> tuple[str, ...]:
+    """The names of a module with the wrappers before its block in every order, its own first.
+
+    They are for PEFT, which finds a module by its exact name or by its last parts, and knows no `Names`.
+    """
+    head, tail = _split(module)
+    orders = itertools.permutations(head) if _WRAPPERS.issuperset(head) else (head,)
+    return tuple(dict.fromkeys(".".join((*order, tail)) for order in orders))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +115,11 @@ class Matrix:
         """Last part of the module's name, "q_proj"."""
         return self.module.rpartition(".")[2]
 
+    @property
+    def is_expert(self) -> bool:
+        """Whether it is one of the numbered experts of a mixture, which a live model holds fused, not as a layer."""
+        return EXPERT.search(self.module) is not None
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -96,9 +150,22 @@ class Geometry:
         return {matrix.module: matrix for matrix in self.matrices}
 
     @cached_property
+    def _names(self) -> Names:
+        return Names(self._by_module)
+
+    @cached_property
     def digest(self) -> str:
-        """sha256 (hex) over the tensors' names, sizes and orientations. Two names of one model have one digest."""
-        rows = [[m.tensor, m.out_features, m.in_features, m.orientation] for m in self.matrices]
+        """sha256 (hex) over the matrices' names, sizes and orientations. Two names of one model have one digest.
+
+        A matrix is named from the container of its numbered block on: "h.0.attn.c_attn", whether it is stored so or as
+        "transformer.h.0.attn.c_attn". Where two matrices would then share a name, all have their full names.
+        """
+        tails = [_split(matrix.module)[1] for matrix in self.matrices]
+        plain = len(set(tails)) == len(tails)
+        rows = sorted(
+            [tail if plain else m.module, m.out_features, m.in_features, m.orientation]
+            for tail, m in zip(tails, self.matrices, strict=True)
+        )
         return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
     def kinds(self) -> tuple[str, ...]:
@@ -109,20 +176,23 @@ class Geometry:
         """The matrices that `target_modules` names, as PEFT reads it.
 
         Args:
-            target_modules: "all-linear"; another string is a regular expression for the whole module name; a sequence
-                lists last parts of names ("q_proj", "mlp.down_proj").
+            target_modules: "all-linear", every matrix that is a linear layer of the live model. Experts are none: a
+                live model holds all experts of a block fused in one 3-D tensor. The other two forms do select them.
+                Another string is a regular expression for the whole module name; a sequence lists last parts of names
+                ("q_proj", "mlp.down_proj", "w1", "experts.0.w1").
 
         Raises:
             UsageError: nothing matches, or the regular expression is none. The message lists the kinds there are.
         """
         if isinstance(target_modules, str):
             if target_modules == "all-linear":
-                return self.matrices
-            try:
-                pattern = re.compile(target_modules)
-            except re.error as error:
-                raise UsageError(f"target_modules {target_modules!r} is no regular expression: {error}") from None
-            chosen = tuple(matrix for matrix in self.matrices if pattern.fullmatch(matrix.module))
+                chosen = tuple(matrix for matrix in self.matrices if not matrix.is_expert)
+            else:
+                try:
+                    pattern = re.compile(target_modules)
+                except re.error as error:
+                    raise UsageError(f"target_modules {target_modules!r} is no regular expression: {error}") from None
+                chosen = tuple(matrix for matrix in self.matrices if pattern.fullmatch(matrix.module))
         else:
             names = tuple(target_modules)
             ends = tuple(f".{name}" for name in names)
@@ -141,57 +211,49 @@ class Geometry:
         return chosen
 
     def find(self, module: str) -> Matrix:
-        """The matrix of a module, named exactly or with other leading parts ("h.0..." for "transformer.h.0...").
+        """The matrix of a module, named exactly or with other leading parts: see `Names`.
 
         Raises:
             GeometryError: no matrix, or more than one, has that name.
         """
-        if module in self._by_module:
-            return self._by_module[module]
-        found = [
-            matrix
-            for matrix in self.matrices
-            if (module.endswith(f".{matrix.module}") and _IN_BLOCK.search(matrix.module))
-            or (matrix.module.endswith(f".{module}") and _IN_BLOCK.search(module))
-        ]
+        found = self._names.find(module)
         if len(found) != 1:
             near = difflib.get_close_matches(module, self._by_module, n=1)
             hint = f": did you mean {near[0]}?" if near else f": its kinds are {', '.join(self.kinds())}"
             raise GeometryError(f"{self.model} has {'no' if not found else 'more than one'} matrix {module!r}{hint}")
-        return found[0]
+        return self._by_module[found[0]]
 
     def to_card(self) -> dict[str, Any]:
-        """The geometry as a card's JSON: matrices that differ by layer number alone become one group."""
-        groups: dict[tuple[str, int, int, Orientation], list[int]] = {}
-        for matrix in self.matrices:
-            match = _LAYER.search(matrix.module)
-            template = matrix.module if not match else _LAYER.sub("{i}", matrix.module, count=1)
-            layers = groups.setdefault((template, matrix.out_features, matrix.in_features, matrix.orientation), [])
-            if match:
-                layers.append(int(match.group()))
-        return {
-            "names": [self.model],
-            "model_type": self.model_type,
-            "groups": [
-                {
-                    "module": template,
-                    "layers": len(layers) if layers == list(range(len(layers))) else layers,
-                    "out": out_features,
-                    "in": in_features,
-                    "orientation": orientation,
-                }
-                for (template, out_features, in_features, orientation), layers in groups.items()
-            ],
-        }
+        """The geometry as a card's JSON: matrices that differ by layer and expert number alone become one group."""
+        rows = ((m.module, m.out_features, m.in_features, m.orientation) for m in self.matrices)
+        return {"names": [self.model], "model_type": self.model_type, "groups": grouped(rows)}
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write `to_card` as JSON, readable by `from_card`."""
-        Path(path).write_text(json.dumps(self.to_card(), indent=2) + "\n", encoding="utf-8")
+        Path(path).write_text(card_text(self.to_card()), encoding="utf-8")
 
 
-def is_adaptable(tensor: str, dims: int) -> bool:
-    """Whether a stored tensor is a matrix inside a numbered block: no embedding, head, norm or bias."""
-    return dims == 2 and tensor.endswith(_SUFFIX) and bool(_IN_BLOCK.search(tensor))
+def adaptable(shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Which tensors of a model are matrices that can be adapted: 2-D weights inside numbered blocks, less two things.
+
+    Embeddings, heads, norms and biases lie outside of blocks or are no matrices. Left out of what remains are
+
+    - routers, which choose the experts of a mixture: modules named `router` or inside of one, and those named `gate`
+      or `shared_expert_gate` beside `experts` (a plain block may call a real matrix `gate`);
+    - towers of a multimodal model: where some name has the part `language_model`, only matrices with that part count;
+      elsewhere those with a part that names a vision or audio tower ("vision_tower", "visual", ...) do not.
+
+    Args:
+        shapes: name -> shape of ALL tensors, stored or live.
+    """
+    mixtures = {name.partition(".experts.")[0] for name in shapes if ".experts." in name}
+    parts = {
+        name: name.split(".")
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name.endswith(_SUFFIX) and _IN_BLOCK.search(name) and not _is_router(name, mixtures)
+    }
+    spoken = [name for name in parts if _LANGUAGE in parts[name]]
+    return spoken or [name for name in parts if _TOWERS.isdisjoint(parts[name])]
 
 
 def from_card(name_or_path: str | os.PathLike[str]) -> Geometry:
@@ -201,28 +263,36 @@ def from_card(name_or_path: str | os.PathLike[str]) -> Geometry:
         UsageError: no card has that name; the message has the nearest ones.
         GeometryError: the card's file is malformed.
     """
-    name = os.fspath(name_or_path)
-    path = Path(name)
-    if path.suffix == ".json" and path.is_file():
-        return _read_card(path)
-    aliases = _aliases()
-    if name.lower() in aliases:
-        return _read_card(aliases[name.lower()])
-    near = difflib.get_close_matches(name.lower(), aliases, n=3, cutoff=0.5)
-    stems = list(dict.fromkeys(aliases[alias].stem for alias in near))
-    hint = f"did you mean {' or '.join(stems)}?" if stems else f"cards: {', '.join(card_names())}"
-    raise UsageError(f"no geometry card is called {name!r}: {hint}")
+    return _geometry(read_card(name_or_path))
 
 
-def card_names() -> tuple[str, ...]:
-    """Names of the cards that ship with multisbora, sorted."""
-    return tuple(sorted((path.stem for path in models_dir().glob("*.json")), key=str.lower))
+def describe(card: Card) -> dict[str, Any]:
+    """What a card says and what follows from it, for people and as JSON: layers, sizes, matrices, kinds, digest.
+
+    Raises:
+        GeometryError: one of its groups is malformed.
+    """
+    geometry = _geometry(card)
+    text = card.config.get("text_config", card.config)
+    return {
+        "names": list(card.names),
+        "model_type": card.model_type,
+        "parameters": card.parameters,
+        "layers": len({m.module[: found.end()] for m in geometry.matrices if (found := LAYER.search(m.module))}),
+        "hidden_size": text.get("hidden_size", text.get("n_embd", 0)),
+        "matrices": len(geometry.matrices),
+        "expert_matrices": sum(m.is_expert for m in geometry.matrices),
+        "adaptable_parameters": sum(m.out_features * m.in_features for m in geometry.matrices),
+        "kinds": list(geometry.kinds()),
+        "digest": geometry.digest,
+        "config": dict(card.config),
+    }
 
 
 def from_checkpoint(folder: str | os.PathLike[str]) -> Geometry:
     """Geometry of a checkpoint on disk, from config.json and the headers of its safetensors files alone.
 
-    The model is called after its folder.
+    The model is called after its folder. `adaptable` says which of the tensors count.
 
     Raises:
         CheckpointError: the weights are missing, truncated or corrupt.
@@ -232,20 +302,24 @@ def from_checkpoint(folder: str | os.PathLike[str]) -> Geometry:
     headers = read_headers(folder)
     model_type = _model_type(folder / "config.json")
     orientation: Orientation = "conv1d" if model_type in CONV1D_MODEL_TYPES else "linear"
+    stored = {tensor: info for header in headers.values() for tensor, info in header.tensors.items()}
     matrices = []
     other: str | None = None
-    for header in headers.values():
-        for tensor, info in header.tensors.items():
-            if not is_adaptable(tensor, len(info.shape)):
-                continue
-            if info.dtype not in _ADAPTABLE_DTYPES:
-                other = info.dtype
-                continue
-            out_features, in_features = info.shape if orientation == "linear" else info.shape[::-1]
-            matrices.append(Matrix(tensor.removesuffix(_SUFFIX), tensor, out_features, in_features, orientation))
+    for tensor in adaptable({tensor: info.shape for tensor, info in stored.items()}):
+        info = stored[tensor]
+        if info.dtype not in _ADAPTABLE_DTYPES:
+            other = info.dtype
+            continue
+        out_features, in_features = info.shape if orientation == "linear" else info.shape[::-1]
+        matrices.append(Matrix(tensor.removesuffix(_SUFFIX), tensor, out_features, in_features, orientation))
     if not matrices and other:
         raise GeometryError(f"{folder} is quantised (its matrices are {other}): use the 16-bit checkpoint it came from")
     return Geometry(model=folder.name, model_type=model_type, matrices=tuple(matrices))
+
+
+def _geometry(card: Card) -> Geometry:
+    matrices = tuple(Matrix(row[0], row[0] + _SUFFIX, *row[1:]) for row in card.rows())
+    return Geometry(model=card.name, model_type=card.model_type, matrices=matrices)
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
@@ -264,49 +338,13 @@ def _model_type(config: Path) -> str:
     return model_type
 
 
-def _aliases() -> dict[str, Path]:
-    """Lower-case name -> card. Stems go last, so that an alias in another card cannot take a card's own name."""
-    paths = sorted(models_dir().glob("*.json"))
-    aliases = {name.lower(): path for path in paths for name in _card(path)["names"]}
-    return aliases | {path.stem.lower(): path for path in paths}
+def _split(module: str) -> tuple[tuple[str, ...], str]:
+    """The parts before the container of the numbered blocks, and the name from there on; all of it if there is none."""
+    match = _CONTAINER.search(module)
+    start = match.start() if match else 0
+    return tuple(module[:start].split(".")[:-1]), module[start:]
 
 
-def _card(path: Path) -> dict[str, Any]:
-    try:
-        card = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise GeometryError(f"{path} is not readable as JSON: {error}") from None
-    if not isinstance(card, dict) or not {"names", "model_type", "groups"} <= set(card) <= _CARD_KEYS:
-        raise GeometryError(f"{path}: a card has the keys names, model_type, groups and perhaps config, no others")
-    names, groups = card["names"], card["groups"]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise GeometryError(f"{path}: names must be a list of texts")
-    if not isinstance(card["model_type"], str):
-        raise GeometryError(f"{path}: model_type must be text")
-    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        raise GeometryError(f"{path}: groups must be a list of objects")
-    return card
-
-
-def _read_card(path: Path) -> Geometry:
-    card = _card(path)
-    matrices = tuple(matrix for group in card["groups"] for matrix in _expand(path, group))
-    return Geometry(model=path.stem, model_type=card["model_type"], matrices=matrices)
-
-
-def _expand(path: Path, group: dict[str, Any]) -> Iterable[Matrix]:
-    if set(group) != _GROUP_KEYS:
-        raise GeometryError(f"{path}: a group has the keys {', '.join(sorted(_GROUP_KEYS))}, got {sorted(group)}")
-    template, layers = group["module"], group["layers"]
-    out_features, in_features, orientation = group["out"], group["in"], group["orientation"]
-    numbers = list(range(layers)) if type(layers) is int else layers
-    if not isinstance(template, str) or orientation not in get_args(Orientation):
-        raise GeometryError(f"{path}: module must be text and orientation linear or conv1d, got {group}")
-    if any(type(size) is not int or size < 1 for size in (out_features, in_features)):
-        raise GeometryError(f"{path}: {template}: out and in must be whole numbers above 0")
-    if not isinstance(numbers, list) or any(type(number) is not int or number < 0 for number in numbers):
-        raise GeometryError(f"{path}: {template}: layers must be a count or a list of layer numbers")
-    if bool(numbers) != ("{i}" in template):
-        raise GeometryError(f"{path}: {template}: a module with {{i}} needs layers, and one without has 0 of them")
-    for module in [template.replace("{i}", str(number)) for number in numbers] or [template]:
-        yield Matrix(module, module + _SUFFIX, out_features, in_features, orientation)
+def _is_router(tensor: str, mixtures: set[str]) -> bool:
+    parent, _, last = tensor.removesuffix(_SUFFIX).rpartition(".")
+    return "router" in (last, *parent.split(".")) or (last in ("gate", "shared_expert_gate") and parent in mixtures)

@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
 
 from .errors import UsageError
 
@@ -84,28 +86,36 @@ class Region:
         return bool(mine_open) and bool(theirs_open)
 
 
-def crossings(variant: Variant, earlier: Iterable[Region]) -> tuple[int, ...]:
-    """`excluded` of a new region: every index of its other axis that an earlier claim of the other variant holds."""
-    return tuple(sorted({index for region in earlier if region.variant != variant for index in region.indices}))
+def priorities(size: int, *key: object) -> npt.NDArray[np.uint64]:
+    """A random 64-bit number for each of range(`size`): the order in which allocation takes channels, lowest first.
+
+    The same size and key give the same numbers on every machine and version of its libraries, which `random` and
+    numpy's generators do not promise: SHA-256 of the key seeds a SplitMix64 sequence (Steele, Lea and Flood 2014).
+    """
+    seed = int.from_bytes(hashlib.sha256(json.dumps(key).encode()).digest()[:8], "little")
+    with np.errstate(over="ignore"):
+        x = np.uint64(seed) + np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        found: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return found
 
 
-def draw(size: int, count: int, *key: object) -> list[int]:
-    """`count` of range(`size`) at random and without repeats, in the order drawn, as the paper draws indices.
+def draw(size: int, count: int, *key: object, taken: npt.NDArray[np.bool_] | None = None) -> tuple[int, ...]:
+    """`count` of range(`size`) at random and without repeats, as the paper draws indices; sorted.
 
-    The same size, count and key give the same answer on every machine and Python version, which `random.sample` does
-    not promise: the first steps of a Fisher-Yates shuffle, 8 bytes of a SHAKE-256 stream each.
+    One key stands for one order of the whole range, of which the first that are not taken are drawn. So tasks that may
+    share indices share as many as they can, and tasks that may not get what independent draws would give.
+
+    Args:
+        taken: (size,), True for those that must not be drawn.
 
     Raises:
-        ValueError: `count` is above `size`.
+        ValueError: fewer than `count` are free.
     """
-    if count > size:
-        raise ValueError(f"{count} indices out of {size}")
-    stream = hashlib.shake_256(json.dumps(key).encode()).digest(8 * count)
-    moved: dict[int, int] = {}
-    chosen = []
-    for step in range(count):
-        number = int.from_bytes(stream[8 * step : 8 * step + 8], "little")
-        place = step + (number * (size - step) >> 64)
-        chosen.append(moved.get(place, place))
-        moved[place] = moved.get(step, step)
-    return chosen
+    free = np.arange(size) if taken is None else np.flatnonzero(~taken)
+    if count > len(free):
+        raise ValueError(f"{count} indices out of {len(free)}")
+    order = priorities(size, *key)[free]
+    chosen = free[np.argpartition(order, count - 1)[:count]] if 0 < count < len(free) else free[:count]
+    return tuple(np.sort(chosen).tolist())

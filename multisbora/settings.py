@@ -45,19 +45,31 @@ def read_yaml(path: Path, kind: type[Settings], overrides: Iterable[str] = (), *
     Raises:
         UsageError: no such file, no valid YAML, or faults in it, all of them named.
     """
+    content = load_yaml(path)
+    for override in overrides:
+        _override(content, override)
+    return check({**given, **content}, kind, str(path))
+
+
+def load_yaml(path: Path) -> dict[Any, Any]:
+    """The keys and values of a YAML file, as they are.
+
+    Raises:
+        UsageError: no such file, no valid YAML, a key given twice, or no keys at the top.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
+    except RecursionError:
+        raise UsageError(f"{path} is no usable YAML: its values are nested too deeply") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold `key: value` lines, but holds {type(content).__name__}")
-    for override in overrides:
-        _override(content, override)
-    return check({**given, **content}, kind, str(path))
+    return content
 
 
 def check(content: dict[str, Any], kind: type[Settings], where: str) -> Settings:

@@ -6,18 +6,19 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .cards import Orientation
 from .errors import GeometryError
-from .geometry import Geometry, Matrix, Orientation, is_adaptable
+from .geometry import Geometry, Matrix, adaptable
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def from_config(config: PretrainedConfig | str | os.PathLike[str]) -> Geometry:
     """Geometry of the model that a config describes. No weights are made or read, and no remote code is run.
 
-    The model is called after the config's `_name_or_path` or the given folder, else after its type. Experts that
-    transformers keeps as fused 3-D tensors are no matrices here; `geometry.from_checkpoint` sees how the disk has them.
+    The model is called after the config's `_name_or_path` or the given folder, else after its type. Names are those of
+    the live model, as `from_model` has them.
 
     Args:
         config: a transformers config, a model folder, or the path of a config.json.
@@ -27,7 +28,6 @@ def from_config(config: PretrainedConfig | str | os.PathLike[str]) -> Geometry:
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-    from transformers.pytorch_utils import Conv1D
 
     if not isinstance(config, PretrainedConfig):
         path = Path(config)
@@ -44,20 +44,33 @@ def from_config(config: PretrainedConfig | str | os.PathLike[str]) -> Geometry:
     except Exception as error:
         raise GeometryError(f"{config.model_type}: no decoder can be built from it: {_first_line(error)}") from error
 
+    return from_model(model)
+
+
+def from_model(model: PreTrainedModel) -> Geometry:
+    """Geometry of a live transformers model, on whatever device.
+
+    Names are those of the live model: they can differ from the stored ones in their leading parts, and experts that
+    transformers keeps as fused 3-D tensors are no matrices here. `geometry.from_checkpoint` sees what the disk has.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
     matrices = []
     seen: set[int] = set()
-    for name, module in model.named_modules():
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
+    for tensor in adaptable(shapes):
+        name = tensor.removesuffix(".weight")
+        module = model.get_submodule(name)
         if not isinstance(module, (torch.nn.Linear, Conv1D)) or id(module.weight) in seen:
-            continue
-        if not is_adaptable(f"{name}.weight", module.weight.dim()):
             continue
         seen.add(id(module.weight))  # a tied tensor is stored, and claimed, once
         orientation: Orientation = "conv1d" if isinstance(module, Conv1D) else "linear"
         first, second = module.weight.shape
         shape = (first, second) if orientation == "linear" else (second, first)
-        matrices.append(Matrix(name, f"{name}.weight", shape[0], shape[1], orientation))
-    given = Path(config.name_or_path).name if config.name_or_path else ""
-    return Geometry(model=given or config.model_type, model_type=config.model_type, matrices=tuple(matrices))
+        matrices.append(Matrix(name, tensor, shape[0], shape[1], orientation))
+    given = Path(model.config.name_or_path).name if model.config.name_or_path else ""
+    return Geometry(given or model.config.model_type, model.config.model_type, tuple(matrices))
 
 
 def _first_line(error: Exception) -> str:

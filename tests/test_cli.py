@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import peft
@@ -15,117 +12,11 @@ import pytest
 import torch
 import yaml
 from builders import edit_json, tiny_gpt2, tiny_llama
+from commands import Run, assert_refused
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import multisbora.cli
-import multisbora.tuner
 from multisbora import checkpoint
-from multisbora.cli import main
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    # The command line hushes libraries for its whole process; the other tests share this one.
-    monkeypatch.setattr(multisbora.cli, "_quiet_libraries", lambda: None)
-
-    def call(*arguments: str) -> Result:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["multisbora", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return Result(int(exit_.value.code or 0), captured.out, captured.err)
-
-    return call
-
-
-def assert_refused(result: Result, code: int, *parts: str) -> None:
-    """One line on stderr that has these parts, nothing on stdout, and this exit code."""
-    assert result.code == code, result
-    lines = result.err.strip().splitlines()
-    assert lines[-1].startswith("multisbora: "), result.err
-    assert all(part in lines[-1] for part in parts), lines[-1]
-    assert "Traceback" not in result.err
-    assert result.out == ""
-
-
-def recipe(folder: Path, task: str, rows: list[dict[str, str]]) -> dict[str, Any]:
-    (folder / "data").mkdir(exist_ok=True)
-    for part in ("train", "test"):
-        lines = (json.dumps(row | {"instruction": f"{part} {row['instruction']}"}) for row in rows)
-        (folder / "data" / f"{task}-{part}.jsonl").write_text("\n".join(lines) + "\n")
-    return {
-        "prompt": "Q: {instruction}\nA:",
-        "train": f"data/{task}-train.jsonl",
-        "training": {"max_steps": 3, "batch_size": 4, "learning_rate": 0.01, "warmup_steps": 0, "logging_steps": 1},
-        "eval": {"data": f"data/{task}-test.jsonl", "metric": "number", "num_beams": 1, "max_new_tokens": 4},
-    }
-
-
-def make_project(folder: Path, base: Path) -> None:
-    (folder / "tasks").mkdir()
-    for task, shift in (("adding", 1), ("doubling", 2)):
-        rows = [{"instruction": f"{n} {task}", "output": f" {n * shift}", "answer": str(n * shift)} for n in range(12)]
-        (folder / "tasks" / f"{task}.yaml").write_text(yaml.safe_dump(recipe(folder, task, rows)))
-    project = {"model": str(base), "rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "down_proj"]}
-    (folder / "multisbora.yaml").write_text(yaml.safe_dump(project))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("base") / "llama", dtype="float32")
-
-
-@pytest.fixture
-def project(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project folder with two recipes, and the working folder."""
-    folder = tmp_path / "project"
-    folder.mkdir()
-    make_project(folder, base)
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained_once(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project whose tasks are trained, made once."""
-    folder = tmp_path_factory.mktemp("trained")
-    make_project(folder, base)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(multisbora.cli, "_quiet_libraries", lambda: None)
-        for arguments in (
-            ["allocate", "--tasks", "adding,doubling"],
-            ["train", "--task", "adding"],
-            ["train", "--task", "doubling"],
-        ):
-            patch.setattr(sys, "argv", ["multisbora", *arguments])
-            with pytest.raises(SystemExit) as exit_:
-                main()
-            assert exit_.value.code == 0
-    return folder
-
-
-@pytest.fixture
-def trained(trained_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "trained"
-    shutil.copytree(trained_once, folder)
-    monkeypatch.chdir(folder)
-    return folder
 
 
 def test_the_main_job(trained: Path, base: Path, run: Run) -> None:
@@ -202,6 +93,11 @@ def test_models_and_plan_need_no_project(tmp_path: Path, run: Run, monkeypatch: 
         "adapter_bytes",
         "capacity_tasks",
         "matrices_detail",
+        "gradient_bytes",
+        "optimizer_bytes",
+        "activation_bytes_per_token",
+        "compositions",
+        "ownership",
     }
     assert_refused(run("plan"), 2, "no multisbora.yaml", "multisbora init")
     assert not list(tmp_path.iterdir())
@@ -250,7 +146,8 @@ def test_allocation_is_all_or_nothing(project: Path, run: Run) -> None:
     assert_refused(
         run("allocate", "--tasks", "doubling", "--rank", "20"),
         1,
-        "has 32 columns, 20 are claimed; rank 20 needs 20: lower the rank, use fb, or another composition",
+        "has 32 columns to give, and 2 tasks that all meet each other need 40 (adding 20, doubling 20): ",
+        "lower the rank, use fb, or another composition",
     )
     assert set(run("status", "--json").json["tasks"]) == {"adding"}
     assert run("allocate", "--tasks", "doubling", "--rank", "20", "--composition", "other").code == 0
@@ -292,7 +189,13 @@ def test_one_adapter_serves_two_compositions(trained: Path, run: Run) -> None:
     assert run("status", "--composition", "other", "--json").json["tasks"]["adding"]["adapter"] == "trained"
     assert run("merge", "--composition", "other", "--output", "other").code == 0
     assert run("verify", "other").code == 0
-    assert run("release", "--task", "adding", "--composition", "other").code == 0
+    assert_refused(
+        run("release", "--task", "adding", "--composition", "other"),
+        1,
+        "the merged checkpoint other depends on task adding",
+        "release it all the same with --force",
+    )
+    assert run("release", "--task", "adding", "--composition", "other", "--force").code == 0
     assert set(run("status", "--json").json["tasks"]) == {"adding", "doubling"}
 
 

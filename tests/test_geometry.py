@@ -1,4 +1,4 @@
-"""Cards, selection and checkpoints' headers. What transformers says of the same models is in test_skeleton."""
+"""Selection, names, digests and checkpoints' headers. What transformers says of it is in test_skeleton, test_cards."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from multisbora import geometry as geometries
 from multisbora.errors import CheckpointError, GeometryError, UsageError
-from multisbora.geometry import Geometry, Matrix, card_names, from_card, from_checkpoint
-from multisbora.resources import models_dir, tasks_dir
+from multisbora.geometry import Geometry, Matrix, adaptable, from_card, from_checkpoint
 
 
 def tiny(layers: int = 12, model: str = "tiny") -> Geometry:
@@ -33,93 +35,26 @@ def tiny(layers: int = 12, model: str = "tiny") -> Geometry:
     )
 
 
+def named(*modules: str) -> Geometry:
+    return Geometry("tiny", "llama", tuple(Matrix(module, f"{module}.weight", 6, 4) for module in modules))
+
+
+def mixture(layers: int = 2, experts: int = 3, prefix: str = "model.layers") -> Geometry:
+    attention = [f"{prefix}.{layer}.self_attn.q_proj" for layer in range(layers)]
+    wide = [
+        f"{prefix}.{layer}.block_sparse_moe.experts.{expert}.{kind}"
+        for layer in range(layers)
+        for expert in range(experts)
+        for kind in ("w1", "w2")
+    ]
+    return named(*attention, *wide)
+
+
 def write_checkpoint(folder: Path, tensors: dict[str, Any], model_type: str = "llama") -> Path:
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     return folder
-
-
-def test_every_card_loads() -> None:
-    files = sorted(models_dir().glob("*.json"))
-    assert len(files) >= 4
-    assert {path.stem for path in files} == set(card_names())
-    aliases: list[str] = []
-    for path in files:
-        by_path, by_name = from_card(path), from_card(path.stem)
-        assert by_path == by_name and by_path.model == path.stem and len(by_path.matrices) > 0
-        names = json.loads(path.read_text())["names"]
-        assert names and all(from_card(name) == by_path for name in names)
-        aliases += [name.lower() for name in names]
-    assert len(set(aliases)) == len(aliases), "two cards share an alias"
-
-
-def test_the_recipes_folder_is_there() -> None:
-    assert tasks_dir().is_dir()
-
-
-def test_cards_of_the_papers_models() -> None:
-    sizes = {"LLaMA-7B": (4096, 11008, 4096, 32), "LLaMA-13B": (5120, 13824, 5120, 40)}
-    sizes |= {"Llama-3-8B": (4096, 14336, 1024, 32), "SmolLM2-135M": (576, 1536, 192, 30)}
-    for name, (hidden, intermediate, kv, layers) in sizes.items():
-        card = from_card(name)
-        assert len(card.matrices) == 7 * layers
-        assert card.find("model.layers.0.self_attn.k_proj").shape == (kv, hidden)
-        assert card.find(f"model.layers.{layers - 1}.mlp.down_proj").shape == (hidden, intermediate)
-    assert from_card("huggingfacetb/smollm2-135m-INSTRUCT").model == "SmolLM2-135M"
-
-
-def test_an_unknown_card_has_a_hint() -> None:
-    with pytest.raises(UsageError, match="did you mean LLaMA-7B"):
-        from_card("lama-7b")
-    with pytest.raises(UsageError, match="cards: LLaMA-13B"):
-        from_card("@@@")
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ({"extra": 1}, "a card has the keys"),
-        ({"names": "x"}, "names must be"),
-        ({"model_type": 1}, "model_type must be"),
-        ({"groups": [1]}, "groups must be"),
-        ({"groups": []}, "no adaptable matrices"),
-        ({"groups": [{"module": "x"}]}, "a group has the keys"),
-    ],
-)
-def test_a_malformed_card_is_refused(tmp_path: Path, change: dict[str, Any], why: str) -> None:
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps(tiny().to_card() | change))
-    with pytest.raises(GeometryError, match=why):
-        from_card(path)
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ({"layers": "3"}, "layers must be"),
-        ({"layers": [-1]}, "layers must be"),
-        ({"layers": 0}, "needs layers"),
-        ({"layers": [1, 1]}, "lists a matrix twice"),
-        ({"module": "model.layers.0.x"}, "needs layers"),
-        ({"out": 0}, "above 0"),
-        ({"in": 2.0}, "above 0"),
-        ({"orientation": "up"}, "orientation"),
-    ],
-)
-def test_a_malformed_group_is_refused(tmp_path: Path, change: dict[str, Any], why: str) -> None:
-    path = tmp_path / "mine.json"
-    card = tiny().to_card()
-    card["groups"][0] |= change
-    path.write_text(json.dumps(card))
-    with pytest.raises(GeometryError, match=why):
-        from_card(path)
-
-
-def test_a_card_that_is_not_json(tmp_path: Path) -> None:
-    (tmp_path / "mine.json").write_text("{")
-    with pytest.raises(GeometryError, match="not readable as JSON"):
-        from_card(tmp_path / "mine.json")
 
 
 def test_a_written_card_reads_back(tmp_path: Path) -> None:
@@ -131,6 +66,27 @@ def test_a_written_card_reads_back(tmp_path: Path) -> None:
         assert from_card(path) == geometry
         assert from_card(path).digest == geometry.digest
     assert len(tiny().to_card()["groups"]) == 3
+
+
+def test_a_written_card_of_a_mixture_has_one_group_a_kind(tmp_path: Path) -> None:
+    geometry = mixture()
+    groups = geometry.to_card()["groups"]
+    assert [(g["module"], g["layers"], g.get("experts")) for g in groups] == [
+        ("model.layers.{i}.block_sparse_moe.experts.{e}.w1", 2, 3),
+        ("model.layers.{i}.block_sparse_moe.experts.{e}.w2", 2, 3),
+        ("model.layers.{i}.self_attn.q_proj", 2, None),
+    ]
+    geometry.write(tmp_path / "tiny.json")
+    assert from_card(tmp_path / "tiny.json") == geometry
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.sets(st.tuples(st.integers(0, 12), st.integers(0, 12), st.sampled_from("ab")), min_size=1))
+def test_any_set_of_experts_reads_back_from_its_card(members: set[tuple[int, int, str]]) -> None:
+    geometry = named(*(f"h.{layer}.experts.{expert}.{kind}" for layer, expert, kind in members))
+    with tempfile.TemporaryDirectory() as folder:
+        geometry.write(Path(folder) / "tiny.json")
+        assert from_card(Path(folder) / "tiny.json") == geometry
 
 
 def test_layers_are_in_the_order_of_their_numbers() -> None:
@@ -152,6 +108,26 @@ def test_the_digest_is_of_the_matrices_alone() -> None:
         assert Geometry("tiny", "llama", (changed, *rest)).digest != tiny().digest
 
 
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.sampled_from(["model", "transformer", "language_model", "base_model", "gpt_neox"]), max_size=3),
+    st.sampled_from(["layers", "h", "blocks"]),
+)
+def test_one_model_has_one_digest_whatever_stands_before_its_blocks(parts: list[str], container: str) -> None:
+    prefix = ".".join([*parts, container])
+    assert mixture(prefix=prefix).digest == mixture(prefix=container).digest
+    assert mixture(prefix=prefix).digest != mixture(prefix=f"{prefix}s").digest
+
+
+def test_the_digest_keeps_full_names_where_short_ones_clash() -> None:
+    ends = ("layers.0.q", "layers.1.q")
+    both = named(*(f"{side}.{end}" for side in ("encoder", "decoder") for end in ends))
+    renamed = named(*(f"{side}.{end}" for side in ("encoder", "other") for end in ends))
+    assert both.digest != renamed.digest
+    assert named("encoder.layers.0.q").digest == named("decoder.layers.0.q").digest
+    assert named("shared.q").digest != named("other.q").digest  # no block: nothing to cut off
+
+
 def test_conv1d_is_stored_transposed() -> None:
     matrix = Matrix("transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_attn.weight", 72, 24, "conv1d")
     assert matrix.shape == (72, 24) and matrix.stored_shape == (24, 72) and matrix.kind == "c_attn"
@@ -170,6 +146,35 @@ def test_select_reads_targets_as_peft_does() -> None:
             geometry.select(nothing)
     with pytest.raises(UsageError, match="no regular expression"):
         geometry.select("(")
+
+
+def test_all_linear_leaves_experts_out_and_names_select_them() -> None:
+    geometry = mixture()
+    assert [matrix.kind for matrix in geometry.select("all-linear")] == ["q_proj", "q_proj"]
+    assert sum(matrix.is_expert for matrix in geometry.matrices) == 12 == len(geometry.select(["w1", "w2"]))
+    assert [m.module for m in geometry.select(["experts.0.w1"])] == [
+        f"model.layers.{layer}.block_sparse_moe.experts.0.w1" for layer in (0, 1)
+    ]
+    assert len(geometry.select(r".*\.experts\.[01]\.w2")) == 4
+    assert not any(m.is_expert for m in named("h.0.mlp.shared_experts.up", "h.0.experts.up", "experts.up").matrices)
+    with pytest.raises(UsageError, match="'all-linear' matches no matrix of tiny: it has w1"):
+        named("h.0.experts.0.w1").select("all-linear")
+
+
+def test_find_knows_the_spellings_of_multimodal_models() -> None:
+    spellings = ("language_model.model.layers", "model.language_model.layers", "model.layers", "layers")
+    for stored in spellings:
+        geometry = mixture(prefix=stored)
+        for asked in (*spellings, *(f"base_model.model.{spelling}" for spelling in spellings)):
+            for end in ("1.self_attn.q_proj", "0.block_sparse_moe.experts.2.w1"):
+                assert geometry.find(f"{asked}.{end}").module == f"{stored}.{end}"
+        for tower in ("vision_tower.vision_model.encoder.layers", "visual.layers", "model.vision_tower.layers"):
+            with pytest.raises(GeometryError, match="has no matrix"):
+                geometry.find(f"{tower}.0.self_attn.q_proj")
+    two = named("model.layers.0.q", "language_model.layers.0.q")
+    assert two.find("model.layers.0.q").module == "model.layers.0.q"
+    with pytest.raises(GeometryError, match="more than one"):
+        two.find("base_model.layers.0.q")
 
 
 def test_find_forgives_leading_parts() -> None:
@@ -208,6 +213,51 @@ def test_a_checkpoint_has_only_matrices_of_numbered_blocks(tmp_path: Path) -> No
     ]
     assert geometry.model == "mine" and geometry.model_type == "llama"
     assert {matrix.shape for matrix in geometry.matrices} == {(6, 4)}
+
+
+def test_a_hub_checkpoint_and_its_resaved_copy_are_one_geometry(tmp_path: Path) -> None:
+    weight = np.zeros((4, 12), np.float32)
+    hub = from_checkpoint(write_checkpoint(tmp_path / "hub", {"h.0.attn.c_attn.weight": weight}, "gpt2"))
+    copy = from_checkpoint(write_checkpoint(tmp_path / "copy", {"transformer.h.0.attn.c_attn.weight": weight}, "gpt2"))
+    assert hub.matrices != copy.matrices and hub.digest == copy.digest
+
+
+@pytest.mark.parametrize(
+    ("language", "tower"),
+    [
+        ("language_model.model.layers", "vision_tower.vision_model.encoder.layers"),  # Gemma 3, LLaVA on the hub
+        ("model.language_model.layers", "model.vision_tower.encoder.layers"),  # as transformers names them now
+        ("language_model.model.layers", "some.new.eye.layers"),
+        ("model.layers", "visual.blocks"),  # Qwen2-VL on the hub
+    ],
+)
+def test_of_a_multimodal_checkpoint_the_language_model_alone_counts(tmp_path: Path, language: str, tower: str) -> None:
+    weight = np.zeros((6, 4), np.float32)
+    tensors = {f"{part}.{i}.self_attn.q_proj.weight": weight for part in (language, tower) for i in (0, 1)}
+    tensors |= {"multi_modal_projector.linear_1.weight": weight, "language_model.lm_head.weight": weight}
+    geometry = from_checkpoint(write_checkpoint(tmp_path / "mine", tensors, "gemma3"))
+    assert [matrix.module for matrix in geometry.matrices] == [f"{language}.{i}.self_attn.q_proj" for i in (0, 1)]
+
+
+def test_a_tower_alone_has_nothing_to_adapt(tmp_path: Path) -> None:
+    weight = np.zeros((6, 4), np.float32)
+    tensors = {"vision_model.encoder.layers.0.self_attn.q_proj.weight": weight}
+    with pytest.raises(GeometryError, match="no adaptable matrices"):
+        from_checkpoint(write_checkpoint(tmp_path / "mine", tensors, "siglip"))
+
+
+def test_a_mixture_s_router_is_no_matrix_but_a_plain_gate_is() -> None:
+    block = "model.layers.0"
+    experts = {f"{block}.moe.experts.{e}.w1.weight": (6, 4) for e in (0, 1)}
+    shared = {f"{block}.moe.shared_expert.gate_proj.weight": (6, 4)}
+    routers = {
+        f"{block}.moe.{name}.weight": (2, 4) for name in ("gate", "router", "router.layer", "shared_expert_gate")
+    }
+    assert adaptable(experts | shared | routers) == [*experts, *shared]
+    live = {f"{block}.moe.experts.gate_up_proj": (2, 12, 4), f"{block}.moe.gate.weight": (2, 4)}
+    assert adaptable(live) == []
+    plain = {f"{block}.mlp.gate.weight": (6, 4), f"{block}.mlp.gate_proj.weight": (6, 4)}
+    assert adaptable(plain) == list(plain) == adaptable(plain | experts)[:2]
 
 
 def test_a_gpt2_checkpoint_is_conv1d(tmp_path: Path) -> None:

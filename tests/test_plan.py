@@ -1,17 +1,29 @@
-"""plan against the paper's own columns of trainable parameters, and against what allocate then does."""
+"""plan against the paper's own tables, against files that the tuner really writes, and against what allocate does."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+from builders import tiny_gpt2, tiny_llama, write_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
+import multisbora.cli
 from multisbora.allocator import DEFAULT_TARGETS, allocate
 from multisbora.errors import AllocationError, UsageError
-from multisbora.geometry import Geometry, Matrix, from_card
-from multisbora.plan import plan
+from multisbora.geometry import Geometry, Matrix, from_card, from_checkpoint
+from multisbora.plan import METHODS, matrix_cost, plan
 from multisbora.registry import Registry
+from multisbora.tuner import SboraConfig
 
 SMALL = from_card("SmolLM2-135M")
 
@@ -56,6 +68,106 @@ def test_table_5_counts_half(model: str, lora: float, fa: float, fb: float) -> N
     assert plans[0].lora_parameters / 2e6 == pytest.approx(lora, abs=0.051)
 
 
+@pytest.mark.parametrize(("out", "in_", "r"), [(4096, 4096, 32), (11008, 4096, 64), (576, 1536, 1)])
+def test_table_1(out: int, in_: int, r: int) -> None:
+    """Columns "Trainable Params", "Total Params" and "Gradient Memory", with k the input's size and d the output's.
+
+    So the paper's text has it, and its first and last column. Its middle column calls SBoRA's sizes the other way round
+    (r + k x r for FA), and is put right here: what is stored is the vector of indices and what is trained.
+    """
+    k, d = in_, out
+    lora, fa, fb = (matrix_cost(method, (out, in_), r) for method in ("lora", "fa", "fb"))
+    assert [cost.trainable_parameters for cost in (lora, fa, fb)] == [(k + d) * r, d * r, k * r]
+    assert [cost.total_parameters for cost in (lora, fa, fb)] == [(k + d) * r, r + d * r, r + k * r]
+    assert [cost.gradient_bytes for cost in (lora, fa, fb)] == [4 * (k + d) * r, 4 * d * r, 4 * k * r]
+    assert [cost.optimizer_bytes for cost in (lora, fa, fb)] == [8 * (k + d) * r, 8 * d * r, 8 * k * r]
+
+
+@pytest.mark.parametrize(("out", "in_", "r"), [(4096, 4096, 32), (11008, 4096, 64), (576, 1536, 1)])
+def test_table_2(out: int, in_: int, r: int) -> None:
+    """Columns "Multiplication" and "Addition" without their first terms, which are the frozen matrix's own.
+
+    Here W is k x d and x is d x 1, as the table's caption says: k is the OUTPUT's size, unlike in Table 1.
+    """
+    k, d = out, in_
+    lora, fa, fb = (matrix_cost(method, (out, in_), r) for method in ("lora", "fa", "fb"))
+    assert [cost.multiplications for cost in (lora, fa, fb)] == [(k + d) * r, k * r, d * r]
+    assert [cost.additions for cost in (lora, fa, fb)] == [
+        r * (d - 1) + k * (r - 1) + 1 * k,
+        k * (r - 1) + 1 * k,
+        r * (d - 1) + 1 * r,
+    ]
+
+
+def test_saved_activations() -> None:
+    out, in_, r = 11, 7, 3
+    assert [matrix_cost(method, (out, in_), r).saved_elements for method in METHODS] == [r, in_, in_ + r]
+    found = plan(SMALL, rank=32).to_json()["activation_bytes_per_token"]
+    # q, k, v and up read 576 channels, down reads 1536, in 30 layers of 16-bit values.
+    assert found == {"fa": 30 * 5 * 32 * 2, "fb": 30 * (4 * 576 + 1536) * 2, "lora": 30 * (4 * 576 + 1536 + 5 * 32) * 2}
+    with pytest.raises(UsageError, match="method 'dora' is unknown"):
+        matrix_cost("dora", (8, 8), 2)  # type: ignore[arg-type]
+
+
+def test_costs_add_up_over_matrices_of_different_ranks() -> None:
+    found = plan(SMALL, variant="fb", rank=8, rank_pattern={"q_proj": 16})
+    for method in METHODS:
+        parts = [matrix_cost(method, part.matrix.shape, part.rank) for part in found.matrices]
+        for key in ("trainable_parameters", "total_parameters", "multiplications", "additions", "saved_elements"):
+            assert getattr(found.cost(method), key) == sum(getattr(part, key) for part in parts)
+    assert found.cost("fb").trainable_parameters == found.trainable_parameters
+    assert found.cost("lora").trainable_parameters == found.lora_parameters
+    assert found.to_json()["gradient_bytes"] == 4 * found.trainable_parameters
+    assert found.to_json()["optimizer_bytes"] == 8 * found.trainable_parameters
+
+
+BASES: dict[str, Any] = {
+    "llama": tiny_llama,
+    "deep llama": lambda folder: tiny_llama(folder, num_hidden_layers=11),  # "layers.10" sorts before "layers.2"
+    "gpt2": tiny_gpt2,
+    "bare gpt2": lambda folder: tiny_gpt2(folder, bare=True),
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("variant", ["fa", "fb"])
+def test_adapter_bytes_and_parameters_are_those_of_a_saved_adapter(tmp_path: Path, base: str, variant: Any) -> None:
+    folder = BASES[base](tmp_path / "base")
+    geometry = from_checkpoint(folder)
+    pattern = {"q_proj": 7, "c_fc": 7}
+    expected = plan(geometry, variant=variant, rank=4, target_modules="all-linear", rank_pattern=pattern)
+    # Masked cells, where a task of the other variant crosses this one, are stored as zeros.
+    masked = {expected.matrices[0].matrix.module: [0, 3]}
+    config = SboraConfig(
+        task_type="CAUSAL_LM",
+        variant=variant,
+        indices={part.matrix.module: list(range(part.rank)) for part in expected.matrices},
+        excluded=masked,
+    )
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), config)
+    assert expected.trainable_parameters == model.get_nb_trainable_parameters()[0]
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert expected.adapter_bytes == file.stat().st_size
+    with safe_open(file, "np") as saved:
+        shapes = [saved.get_slice(key).get_shape() for key in saved.keys() if "values" in key]  # noqa: SIM118
+    assert sorted(map(tuple, shapes)) == sorted(part.values_shape for part in expected.matrices)
+
+
+@settings(deadline=None, max_examples=30)
+@given(rank=st.integers(1, 24), layers=st.integers(1, 12), variant=st.sampled_from(["fa", "fb"]), wide=st.booleans())
+def test_adapter_bytes_at_every_length_of_the_header(
+    tmp_path_factory: pytest.TempPathFactory, rank: int, layers: int, variant: Any, wide: bool
+) -> None:
+    """The header's padding depends on how many digits its offsets have."""
+    modules = [f"model.layers.{i}.self_attn.q_proj" for i in range(layers)]
+    size = 1000 if wide else 24
+    geometry = Geometry("g", "llama", tuple(Matrix(m, f"{m}.weight", size, 24) for m in modules))
+    folder = write_adapter(tmp_path_factory.mktemp("adapter") / "a", geometry, "t", variant=variant, rank=rank)
+    expected = plan(geometry, variant=variant, rank=rank, target_modules="all-linear").adapter_bytes
+    assert expected == (folder / "adapter_model.safetensors").stat().st_size
+
+
 def test_the_json_has_the_designs_keys() -> None:
     found = plan(SMALL, variant="fb", rank=32).to_json()
     assert list(found) == [
@@ -68,6 +180,9 @@ def test_the_json_has_the_designs_keys() -> None:
         "adapter_bytes",
         "capacity_tasks",
         "matrices_detail",
+        "gradient_bytes",
+        "optimizer_bytes",
+        "activation_bytes_per_token",
     ]
     assert json.loads(json.dumps(found)) == found
     assert (found["model"], found["variant"], found["rank"], found["matrices"]) == ("SmolLM2-135M", "fb", 32, 150)
@@ -96,8 +211,6 @@ def test_figures_equal_what_allocate_gives(variant: Any) -> None:
         rows, columns = region.values_shape(SMALL.find(module).shape)
         values += rows * columns
     assert expected.trainable_parameters == values
-    indices = sum(region.rank for region in claims.regions.values())
-    assert expected.adapter_bytes == 4 * values + 4 * indices
     assert len(expected.matrices) == len(claims.regions)
 
 
@@ -142,3 +255,92 @@ def test_wrong_usage_is_refused() -> None:
     for options in ({"rank": 0}, {"rank": 577}, {"variant": "x"}, {"target_modules": ["c_attn"]}):
         with pytest.raises(UsageError):
             plan(SMALL, **options)  # type: ignore[arg-type]
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """`multisbora plan ...` in an empty folder: exit code, stdout, stderr."""
+    monkeypatch.setattr(multisbora.cli, "_quiet_libraries", lambda: None)  # for its whole process, and tests share one
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["multisbora", "plan", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            multisbora.cli.main()
+        return (int(exit_.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+def test_command_line_with_a_card_alone(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("--model", "SmolLM2-135M", "--rank", "32", "--json")
+    found = json.loads(out)
+    assert code == 0 and list(found)[9:] == [
+        "gradient_bytes",
+        "optimizer_bytes",
+        "activation_bytes_per_token",
+        "compositions",
+        "ownership",
+    ]
+    assert found["ownership"][0]["planned"] == [32, 32]
+    code, out, _ = run("--model", "SmolLM2-135M", "--rank", "32")
+    assert code == 0 and "11,854,344" in out and "peak memory" not in out
+    assert "q_proj         columns [++..............................] 544/576" in out.splitlines()
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_line_predicts_the_peak_of_a_batch(run: Run, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    config = tiny_llama(tmp_path / "whole") / "config.json"
+    (bare / "config.json").write_bytes(config.read_bytes())
+    shape = ("--rank", "4", "--batch-size", "2", "--length", "16")
+    code, out, _ = run("--model", str(bare), *shape, "--json")
+    found = json.loads(out)
+    assert code == 0 and list(found)[-3:] == ["peak", "compositions", "ownership"]
+    assert found["peak"]["tokens"] == 32 and found["peak"]["peak"] > found["peak"]["base"]
+    code, out, _ = run("--model", str(bare), *shape)
+    assert code == 0 and f"peak memory, peak{found['peak']['peak']:>34,}" in out.splitlines()
+
+
+def test_command_line_takes_checkpointing_from_the_recipes(run: Run, tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base")
+    (tmp_path / "tasks").mkdir()
+    recipe = "prompt: '{q}'\ntrain: rows.jsonl\neval: {data: rows.jsonl, metric: number}\n"
+    (tmp_path / "tasks" / "plain.yaml").write_text(recipe)
+    (tmp_path / "tasks" / "frugal.yaml").write_text(recipe + "training: {gradient_checkpointing: true}\n")
+    peaks = {}
+    for tasks in ("plain", "frugal", "plain,frugal"):
+        shape = ("--rank", "4", "--batch-size", "8", "--length", "32", "--tasks", tasks, "--json")
+        code, out, err = run("--model", str(base), *shape)
+        assert code == 0, err
+        peaks[tasks] = json.loads(out)["peak"]["peak"]
+    assert peaks["frugal"] < peaks["plain"] == peaks["plain,frugal"]  # the larger of the two is what must fit
+
+
+@pytest.mark.parametrize("half", [("--batch-size", "4"), ("--length", "128")])
+def test_command_line_wants_both_sizes_of_a_batch(run: Run, half: tuple[str, str]) -> None:
+    code, out, err = run("--model", "SmolLM2-135M", *half)
+    assert (code, out) == (2, "") and "--batch-size and --length belong together" in err
+
+
+def test_command_line_says_what_a_card_lacks(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "card.json"
+    SMALL.write(path)
+    assert run("--model", str(path), "--json")[0] == 0
+    code, out, err = run("--model", str(path), "--batch-size", "4", "--length", "128")
+    assert (code, out) == (1, "") and "has no config, which the peak memory needs" in err
+
+
+def test_static_figures_load_no_torch() -> None:
+    code = (
+        "import sys, multisbora.cli as cli\n"
+        "sys.argv = ['multisbora', 'plan', '--model', 'Llama-3-8B']\n"
+        "try:\n    cli.main()\nexcept SystemExit as end:\n    sys.exit(end.code or 10 * ('torch' in sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

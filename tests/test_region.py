@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from multisbora.errors import UsageError
-from multisbora.region import Region, Variant, crossings, own_axis
+from multisbora.region import Region, Variant, draw, own_axis, priorities
 
 SHAPE = (7, 6)
 
@@ -63,7 +65,8 @@ def test_with_crossings_excluded_no_cell_has_two_owners(drawn: list[Region]) -> 
         indices = tuple(index for index in region.indices if index not in used)
         if not indices:
             continue
-        held.append(Region(region.variant, indices, crossings(region.variant, held)))
+        crossed = {index for earlier in held if earlier.variant != region.variant for index in earlier.indices}
+        held.append(Region(region.variant, indices, tuple(sorted(crossed))))
     owned = [cells(region) for region in held]
     assert sum(map(len, owned)) == len(set().union(*owned))
     assert not any(one.meets(other) for place, one in enumerate(held) for other in held[:place])
@@ -97,3 +100,29 @@ def test_other_bad_regions_are_refused() -> None:
     with pytest.raises(UsageError, match="q_proj: excluded 7 is outside an axis of 7"):
         Region("fa", (5,), (7,)).check(SHAPE, "q_proj")
     Region("fb", (6,), (5,)).check(SHAPE, "q_proj")
+
+
+def test_priorities_are_fixed() -> None:
+    """A golden, from SplitMix64 as published and the key's SHA-256, both worked out in plain integers."""
+    state = int.from_bytes(hashlib.sha256(b'[0, "m"]').digest()[:8], "little")
+    expected = []
+    for step in range(1, 6):
+        x = (state + step * 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        expected.append(x ^ (x >> 31))
+    assert priorities(5, 0, "m").tolist() == expected
+    assert priorities(3, 0, "m").tolist() == expected[:3]
+    assert priorities(5, 1, "m").tolist() != expected
+
+
+@given(st.integers(1, 40), st.data())
+def test_a_draw_takes_the_free_channels_of_least_priority(size: int, data: Any) -> None:
+    taken = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+    free = [index for index in range(size) if not taken[index]]
+    count = data.draw(st.integers(0, len(free)))
+    drawn = draw(size, count, "key", taken=taken)
+    assert drawn == tuple(sorted(sorted(free, key=priorities(size, "key").tolist().__getitem__)[:count]))
+    assert draw(size, len(free), "key", taken=taken) == tuple(free)
+    with pytest.raises(ValueError):
+        draw(size, len(free) + 1, "key", taken=taken)

@@ -134,7 +134,7 @@ class SboraConfig(PeftConfig):
                     f"{module}: rank {rank} is above its {size} {'columns' if self.variant == 'fa' else 'rows'}: "
                     "lower r, or give this module its own in rank_pattern"
                 )
-            indices = tuple(sorted(draw(size, rank, self.seed, module)))
+            indices = draw(size, rank, self.seed, module)
             region = Region(self.variant, indices, tuple(_lookup(self.excluded, module) or ()))
         else:
             name = _match(self.indices, module)

@@ -1,0 +1,319 @@
+"""The database under a registry: SQLite files opened with care, PostgreSQL by URL, one schema on both.
+
+Every transaction goes through `Database.connect`: readers see one state of the store throughout, writers come one after
+the other, and what a driver says when it fails becomes one line.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from .errors import AllocationError, MissingRegistryError, RegistryError
+from .schema import metadata
+
+HEAD = "0002"  # the newest revision in migrations/versions
+VERSION_TABLE = "multisbora_schema_version"
+_FIRST_VERSION_TABLE = "multisbora_schema"  # of stores made before there were migrations; their schema is revision 0001
+BUSY_SECONDS = 60  # how long a writer waits for the writers before it
+POLL_SECONDS = 0.005
+MIGRATION_PATIENCE = 0.5  # seconds that one waits for the lock to make the tables before looking whether they are there
+CONNECT_SECONDS = 10
+_LOCK = 0x6D756C7469  # "multi": the advisory lock that PostgreSQL's writers take
+
+# SQLite's write-ahead log is shared memory between processes, which these do not share between hosts.
+_NETWORK = frozenset(
+    {
+        *("afs", "autofs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "orangefs"),
+        *("pvfs2", "smb2", "smb3", "smbfs", "webdav", "fuse.ceph", "fuse.gcsfuse", "fuse.glusterfs", "fuse.juicefs"),
+        *("fuse.rclone", "fuse.s3fs", "fuse.sshfs"),
+    }
+)
+
+
+class _BusyError(RegistryError):
+    """The store stayed busy."""
+
+
+class Database:
+    """An open database with a registry's tables in it, in the newest schema.
+
+    Attributes:
+        where: its URL, without a password, for messages.
+    """
+
+    def __init__(self, engine: sa.Engine, where: str) -> None:
+        self._engine = engine
+        self.where = where
+
+    @classmethod
+    def open(cls, url: str, *, create: bool = True) -> Database:
+        """Open a database, make the tables where there are none, and bring older ones to the newest schema.
+
+        Args:
+            create: False makes nothing where nothing is.
+
+        Raises:
+            MissingRegistryError: there is none, and `create` is False.
+            RegistryError: wrong URL, a missing driver, a network file system, a server that does not answer, not a
+                multisbora store, one of a newer schema, or not writable.
+        """
+        parsed = _parse(url)
+        where = parsed.render_as_string(hide_password=True)
+        file = _file(parsed)
+        options: dict[str, Any] = {}
+        if parsed.get_backend_name() == "postgresql":
+            timeout = {} if "connect_timeout" in parsed.query else {"connect_timeout": CONNECT_SECONDS}
+            options = {"pool_pre_ping": True, "connect_args": timeout}
+        elif file is None and not (parsed.database or "").startswith("file:"):
+            options = {"poolclass": sa.StaticPool}
+        try:
+            engine = sa.create_engine(parsed, **options)
+        except sa.exc.NoSuchModuleError:
+            raise RegistryError(f"registry {where}: unknown driver: write postgresql+psycopg://...") from None
+        except ImportError as error:
+            raise RegistryError(
+                f"registry {where}: its driver {error.name} is not installed: pip install 'multisbora[postgres]'"
+            ) from None
+        if engine.dialect.name == "sqlite":
+            _prepare_sqlite(engine)
+            if file is not None:
+                _prepare_file(file, where, create)
+        else:
+            _prepare_postgresql(engine)
+        database = cls(engine, where)
+        try:
+            database._migrate(create)
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @property
+    def dialect(self) -> str:
+        """ "sqlite" or "postgresql"."""
+        return self._engine.dialect.name
+
+    @contextmanager
+    def connect(
+        self, *, write: bool = False, keep: bool = True, patience: float | None = None
+    ) -> Iterator[sa.Connection]:
+        """One transaction: committed at the block's end, or taken back on an exception, or if not `keep`.
+
+        A writer waits for those before it, for `patience` seconds (None: BUSY_SECONDS). A reader sees the state at
+        its first statement throughout.
+
+        Raises:
+            AllocationError: the database refused what the block wrote.
+            RegistryError: the store cannot be used, or stayed busy.
+        """
+        seconds = BUSY_SECONDS if patience is None else patience
+        try:
+            with self._engine.connect() as connection:
+                options = {"multisbora_write": write, "multisbora_patience": seconds}
+                transaction = connection.execution_options(**options).begin()
+                yield connection
+                if keep:
+                    transaction.commit()
+                else:
+                    transaction.rollback()
+        except sa.exc.IntegrityError as error:
+            raise AllocationError(
+                f"registry {self.where} refused what its rules forbid, nothing was written ({_first_line(error)}): "
+                "run multisbora registry check, then try again"
+            ) from error
+        except sa.exc.DBAPIError as error:
+            text = _first_line(error)
+            if "locked" in text or "lock timeout" in text:
+                raise _BusyError(
+                    f"registry {self.where} stayed busy for {seconds:g} s: another process holds it; try again"
+                ) from error
+            raise RegistryError(_explain(self.where, error, text)) from error
+
+    def _migrate(self, create: bool) -> None:
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            with self.connect() as connection:
+                version = self._version(connection)
+            if version == HEAD:
+                return
+            if version is None and not create:
+                raise MissingRegistryError(f"registry {self.where} is empty: run multisbora allocate first")
+            try:
+                with self.connect(write=True, patience=MIGRATION_PATIENCE) as connection:
+                    version = self._version(connection)
+                    if version != HEAD:
+                        _upgrade(connection, version, self.where)
+                    return
+            except _BusyError:  # most likely another process is making the tables: look again
+                if time.monotonic() > deadline:
+                    raise
+
+    def _version(self, connection: sa.Connection) -> str | None:
+        """The revision of the tables that are there; None where there are none of ours."""
+        present = set(sa.inspect(connection).get_table_names())
+        if VERSION_TABLE in present:
+            return str(connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalar_one())
+        if _FIRST_VERSION_TABLE in present:
+            number = connection.exec_driver_sql(f"SELECT max(version) FROM {_FIRST_VERSION_TABLE}").scalar_one()
+            return f"{number:04}"
+        # Beside tables of others PostgreSQL may hold a registry as well; a file is one or it is not.
+        foreign = present if self.dialect == "sqlite" else present & set(metadata.tables)
+        if foreign:
+            raise RegistryError(
+                f"registry {self.where} is a database of something else (table {min(foreign)}): give another one"
+            )
+        return None
+
+
+def _upgrade(connection: sa.Connection, version: str | None, where: str) -> None:
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", "multisbora:migrations")
+    config.attributes.update(connection=connection, version_table=VERSION_TABLE)
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if version is not None and version not in known:
+        raise RegistryError(f"registry {where} has schema {version}, this multisbora reads up to {HEAD}: upgrade it")
+    if version is not None and not sa.inspect(connection).has_table(VERSION_TABLE):
+        command.stamp(config, version)
+    command.upgrade(config, "head")
+
+
+def _parse(url: str) -> sa.URL:
+    try:
+        parsed = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError):
+        shown = url.rpartition("@")[2]  # no password
+        raise RegistryError(
+            f"registry URL {shown!r} is not usable: write sqlite:///path/to/registry.db or "
+            "postgresql+psycopg://user:password@host/database"
+        ) from None
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername.partition("+")[0] not in ("sqlite", "postgresql"):
+        shown = parsed.render_as_string(hide_password=True)
+        raise RegistryError(f"registry URL {shown!r} is not usable: use sqlite:/// or postgresql+psycopg://")
+    return parsed
+
+
+def _file(url: sa.URL) -> Path | None:
+    if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
+        return None
+    assert url.database is not None
+    return None if url.database.startswith("file:") else Path(url.database)
+
+
+def _prepare_file(path: Path, where: str, create: bool) -> None:
+    if path.is_dir():
+        raise RegistryError(f"registry {where} is a folder: name a file in it, such as {path / 'registry.db'}")
+    if not path.exists() and not create:
+        raise MissingRegistryError(f"registry {where} does not exist: run multisbora allocate first")
+    kind = _file_system(path)
+    if kind in _NETWORK:
+        raise RegistryError(
+            f"registry {where} lies on a network file system ({kind}), where SQLite can lose claims: "
+            "put it on a local disk, or share one by postgresql+psycopg://user:password@host/database"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RegistryError(f"registry {where}: its folder cannot be made: {error.strerror}") from None
+
+
+def _file_system(path: Path) -> str:
+    """Type of the file system that holds `path`, in lower case; "" where the system does not say."""
+    import psutil
+
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    place = place.resolve()
+    try:
+        mounts = psutil.disk_partitions(all=True)
+    except (OSError, RuntimeError):
+        return ""
+    around = [mount for mount in mounts if place.is_relative_to(mount.mountpoint)]
+    # Of two mounts in one place the later lies on top.
+    return max(reversed(around), key=lambda mount: len(mount.mountpoint)).fstype.lower() if around else ""
+
+
+def _prepare_sqlite(engine: sa.Engine) -> None:
+    @sa.event.listens_for(engine, "connect")
+    def _(connection: sqlite3.Connection, _record: object) -> None:
+        connection.isolation_level = None  # the module begins no transactions of its own; "begin" below does
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+        connection.execute("PRAGMA foreign_keys = ON")
+        deadline = time.monotonic() + BUSY_SECONDS
+        while connection.execute("PRAGMA journal_mode").fetchone()[0] not in ("wal", "memory"):
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                # The busy timeout does not cover this switch, which the first few processes may all be making.
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+
+    @sa.event.listens_for(engine, "begin")
+    def _(connection: sa.Connection) -> None:
+        options = connection.get_execution_options()
+        if not options.get("multisbora_write", False):
+            connection.exec_driver_sql("BEGIN")
+            return
+        # IMMEDIATE: a writer waits here, not at its first write, where what it has read could be out of date.
+        # SQLite's own wait backs off to 100 ms, in which whoever has just committed begins again: with many writers
+        # some wait for nearly a minute. Asking often gives all of them a chance.
+        raw = connection.connection.dbapi_connection
+        assert raw is not None
+        deadline = time.monotonic() + options["multisbora_patience"]
+        raw.execute("PRAGMA busy_timeout = 0")
+        try:
+            while time.monotonic() < deadline:
+                try:
+                    raw.execute("BEGIN IMMEDIATE")
+                    return
+                except sqlite3.OperationalError as error:
+                    if "locked" not in str(error):
+                        break
+                    time.sleep(POLL_SECONDS)
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        finally:
+            raw.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+
+
+def _prepare_postgresql(engine: sa.Engine) -> None:
+    @sa.event.listens_for(engine, "begin")
+    def _(connection: sa.Connection) -> None:
+        options = connection.get_execution_options()
+        if options.get("multisbora_write", False):
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{int(1000 * options['multisbora_patience'])}ms'")
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+        else:
+            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+
+
+def _first_line(error: sa.exc.DBAPIError) -> str:
+    return (str(error.orig).strip() or type(error.orig).__name__).splitlines()[0]
+
+
+def _explain(where: str, error: sa.exc.DBAPIError, text: str) -> str:
+    if "not a database" in text or "malformed" in text:
+        return f"registry {where} is no SQLite database, or a damaged one: restore it, or give another file"
+    if "readonly" in text or "unable to open" in text or "read-only" in text:
+        return f"registry {where} cannot be opened for writing ({text}): check its folder and your rights there"
+    if "disk is full" in text or "No space left" in text:
+        return f"registry {where}: its disk is full, nothing was written: free some space and try again"
+    if error.connection_invalidated or isinstance(error, sa.exc.OperationalError):
+        return f"registry {where} cannot be reached, nothing was written ({text}): check the server, then try again"
+    return f"registry {where} failed, nothing was written: {text}"

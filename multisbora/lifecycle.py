@@ -1,0 +1,350 @@
+"""The life of a claim, as the commands that manage claims go about it: from `allocate` to `release`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .adapter import CONFIG_FILE, Adapter
+from .allocator import Allocation, Room, allocate, find_rooms, matrix_ranks
+from .checkpoint import RECEIPT_FILE
+from .claims import Event, TaskClaims, check_name
+from .errors import AdapterError, MissingRegistryError, RegistryError, UsageError
+from .project import Project
+from .recipe import load
+from .region import own_axis
+from .registry import AXES, Registry
+from .settings import load_yaml
+
+if TYPE_CHECKING:
+    from .audit import Audit
+    from .snapshot import Imported
+
+Say = Callable[[str], None]
+Result = TypeVar("Result")
+
+
+def existing(project: Project) -> Registry | None:
+    """The project's registry, or None where nothing was ever allocated."""
+    try:
+        return Registry.open(project.registry, create=False)
+    except MissingRegistryError:
+        return None
+
+
+def required(project: Project, task: str | None = None) -> Registry:
+    """The project's registry.
+
+    Raises:
+        RegistryError: nothing was ever allocated.
+    """
+    registry = existing(project)
+    if registry is None:
+        which = f"task {task} holds no claims" if task else "no task holds claims"
+        raise RegistryError(f"{which}, registry {project.registry} is not there: `multisbora allocate --tasks ...`")
+    return registry
+
+
+def resolve_targets(project: Project, tasks: Sequence[str], targets: Any) -> Any:
+    """The flag's targets, else those that the tasks' recipes name, else the project's.
+
+    Raises:
+        UsageError: the recipes name different ones.
+    """
+    wanted = [targets or load(task, Path(project.recipes)).target_modules or project.targets for task in tasks]
+    if any(found != wanted[0] for found in wanted):
+        raise UsageError(f"the recipes of {', '.join(tasks)} name different target modules: allocate them one by one")
+    return wanted[0] if wanted else targets or project.targets
+
+
+def read_compositions(path: Path) -> dict[str, list[str]]:
+    """Compositions and their tasks from a YAML file: a line `name: [task, task]` each.
+
+    Raises:
+        UsageError: no such file, no valid YAML, or something else in it than names.
+    """
+    found = load_yaml(path)
+    if not found:
+        raise UsageError(f"{path} names no composition: write a line `name: [task, task]` each")
+    for name, tasks in found.items():
+        if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
+            raise UsageError(f"{path}: composition {name!r} must have a list of task names, got {tasks!r}")
+    return found
+
+
+def allocate_tasks(
+    project: Project,
+    tasks: Sequence[str],
+    compositions: dict[str, list[str]] | None,
+    targets: Any,
+    reallocate: bool,
+    dry_run: bool,
+    say: Say,
+) -> Allocation:
+    """Claims for tasks in the project's composition, or for the tasks of several compositions."""
+    names = list(tasks) or list(dict.fromkeys(t for members in (compositions or {}).values() for t in members))
+    for name in names:
+        check_name(name)
+    target_modules = resolve_targets(project, names, targets)
+    geometry = project.geometry(say)
+    settings: dict[str, Any] = {
+        "variant": project.variant,
+        "rank": project.rank,
+        "composition": compositions if compositions is not None else project.composition,
+        "target_modules": target_modules,
+        "seed": project.seed,
+        "reallocate": reallocate,
+    }
+    return _write(project, dry_run, lambda registry: allocate(registry, geometry, tasks, dry_run=dry_run, **settings))
+
+
+def status(project: Project) -> dict[str, Any]:
+    """`{"model", "composition", "tasks": {task: {...}}, "free": [{kind, axis, size, claimed, free}], "compositions"}`.
+
+    "compositions" are all those of the model: their tasks, and how many more of the project's kind fit into each.
+    """
+    geometry = project.geometry()
+    registry = existing(project)
+    claims: dict[str, TaskClaims] = {}
+    taken: dict[tuple[str, int], int] = {}
+    rooms: dict[str, Room] = {}
+    if registry is not None:
+        with registry:
+            geometry = registry.named(geometry)
+            claims = registry.claims(project.model_name, project.composition)
+            taken = registry.claimed(project.model_name, project.composition)
+            ranks = matrix_ranks(geometry, variant=project.variant, rank=project.rank, target_modules=project.targets)
+            rooms = find_rooms(registry, project.model_name, ranks, project.variant)
+    tasks = {
+        name: {
+            "variant": held.variant,
+            "rank": held.rank,
+            "matrices": len(held.regions),
+            "stage": held.stage,
+            "adapter": _adapter_state(project, held),
+        }
+        for name, held in claims.items()
+    }
+    free = []
+    axes = sorted({own_axis(held.variant) for held in claims.values()} or {own_axis(project.variant)}, reverse=True)
+    for kind in geometry.kinds():
+        matrices = [matrix for matrix in geometry.matrices if matrix.kind == kind]
+        for axis in axes:
+            tight = min(matrices, key=lambda m: m.shape[axis] - taken.get((m.module, axis), 0))
+            claimed = taken.get((tight.module, axis), 0)
+            size = tight.shape[axis]
+            free.append({"kind": kind, "axis": AXES[axis], "size": size, "claimed": claimed, "free": size - claimed})
+    return {
+        "model": project.model,
+        "composition": project.composition,
+        "tasks": tasks,
+        "free": free,
+        "compositions": {name: found.to_json() for name, found in rooms.items()},
+    }
+
+
+def release(project: Project, task: str, force: bool, dry_run: bool) -> None:
+    """Give back what a task holds in the project's composition.
+
+    Raises:
+        RegistryError: it holds nothing there; or, unless `force`, it is being trained, or a merged checkpoint in the
+            project depends on its claims.
+    """
+    with required(project, task) as registry:
+        held = registry.task(project.model_name, task, project.composition)
+        if not force:
+            _refuse_dependents(held, "release it")
+            if held.stage == "training":
+                raise RegistryError(
+                    f"task {task} is being trained (see `multisbora registry history`): wait for it, or give its "
+                    "claims back all the same with --force"
+                )
+        registry.release(project.model_name, task, project.composition, dry_run=dry_run)
+
+
+def rename(project: Project, task: str, name: str, force: bool, dry_run: bool) -> None:
+    """Give a task another name, in the registry and in its adapter folder. Its regions stay.
+
+    Killed half-way, the same call again finishes it.
+
+    Raises:
+        RegistryError: it holds nothing, the name is taken; or, unless `force`, a merged checkpoint in the project names
+            it.
+        AdapterError: its run is not finished, or another adapter is in the way.
+    """
+    check_name(name)
+    old, new = project.adapter(task), project.adapter(name)
+    run = old.with_name(f"{old.name}.run")
+    if run.exists():
+        raise AdapterError(f"{run} is a run that is not finished: finish it with `multisbora train`, or delete it")
+    with required(project, task) as registry, registry.transaction(dry_run=dry_run) as ledger:
+        held = next(iter(ledger.memberships(project.model_name, task).values()), None)
+        if held is not None and not force:
+            _refuse_dependents(held, "rename it")
+        ledger.rename(project.model_name, task, name)
+        if new.exists() and (old.exists() or held is None or Adapter.read(new).claim_digest != held.digest):
+            raise AdapterError(f"{new} is in the way: move or delete it first")
+        if old.is_dir() and not dry_run:
+            _write_task(old, name)
+            old.rename(new)
+
+
+def protect(
+    project: Project, given: Mapping[str, Sequence[int]], targets: Any, channels: Path | None, dry_run: bool
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Keep channels from being owned by any task: the same of every target matrix, or those that a file lists.
+
+    Args:
+        given: "columns" and "rows" -> indices, of every matrix of `targets`.
+        channels: in their place a JSON file `{"columns": {module: indices}, "rows": ...}`, as a calibration run may
+            write it.
+
+    Returns:
+        What is newly protected: "rows" and "columns" -> module -> sorted indices.
+    """
+    geometry = project.geometry()
+    if channels is not None:
+        if any(given.values()) or targets is not None:
+            raise UsageError("--channels lists channels and matrices itself: leave --columns, --rows and --targets out")
+        wanted = _read_channels(channels)
+    else:
+        matrices = geometry.select(targets or project.targets)
+        wanted = {axis: {m.module: list(found) for m in matrices} for axis, found in given.items() if found}
+    if not any(found for modules in wanted.values() for found in modules.values()):
+        raise UsageError("no channel to protect: name some with --columns or --rows, or in a file with --channels")
+    return _write(project, dry_run, lambda registry: registry.protect(geometry, **wanted, dry_run=dry_run))
+
+
+def unprotect(project: Project, dry_run: bool) -> int:
+    """Give every protected channel of the model free; returns how many there were."""
+    with required(project) as registry:
+        return registry.unprotect(project.model_name, dry_run=dry_run)
+
+
+def check(project: Project) -> tuple[str, Audit]:
+    """Prove every invariant of the project's registry; returns its URL as well."""
+    from .audit import check
+
+    with required(project) as registry:
+        return registry.where, check(registry)
+
+
+def export(project: Project, output: Path | None) -> str:
+    """The whole registry as one JSON text, written to a file if one is given.
+
+    Raises:
+        UsageError: the file's folder does not exist.
+    """
+    from . import snapshot
+
+    with required(project) as registry:
+        text = snapshot.dumps(snapshot.export(registry))
+    if output is not None:
+        if not output.parent.is_dir():
+            raise UsageError(f"{output.parent} is not a folder: make it first")
+        partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(output)
+        finally:
+            partial.unlink(missing_ok=True)
+    return text
+
+
+def import_(project: Project, path: Path, dry_run: bool) -> Imported:
+    """Add what a file holds to the project's registry, which is made if it is not there."""
+    from . import snapshot
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    return _write(project, dry_run, lambda registry: snapshot.load(registry, text, dry_run=dry_run))
+
+
+def history(project: Project, task: str | None) -> list[Event]:
+    """What happened to the model's claims, oldest first; of one task, if one is named."""
+    with required(project) as registry:
+        found = registry.events()
+    mine = [event for event in found if event.model == project.model_name]
+    return [event for event in mine if task is None or task in (event.task, event.detail.get("to"))]
+
+
+def dependents(held: TaskClaims, folder: Path = Path()) -> list[Path]:
+    """Merged checkpoints at most two levels below a folder that were made with an adapter of these claims."""
+    found = []
+    for receipt in sorted([*folder.glob(f"*/{RECEIPT_FILE}"), *folder.glob(f"*/*/{RECEIPT_FILE}")]):
+        try:
+            tasks = json.loads(receipt.read_bytes())["tasks"]
+            if tasks.get(held.task, {}).get("claim_digest") == held.digest:
+                found.append(receipt.parent)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # not a receipt that anything can depend on; `multisbora verify` says what is wrong with it
+    return found
+
+
+def _write(project: Project, dry_run: bool, what: Callable[[Registry], Result]) -> Result:
+    """Do what may make the registry: tried in memory first, so that what cannot be done makes none."""
+    registry = existing(project)
+    if registry is None:
+        with Registry.open("sqlite://") as trial:
+            found = what(trial)
+        if dry_run:
+            return found
+        registry = Registry.open(project.registry)
+    with registry:
+        return what(registry)
+
+
+def _refuse_dependents(held: TaskClaims, verb: str) -> None:
+    merged = dependents(held)
+    if merged:
+        raise RegistryError(
+            f"the merged checkpoint {merged[0]} depends on task {held.task}"
+            + (f", and so do {len(merged) - 1} more" if len(merged) > 1 else "")
+            + f": delete or merge it anew without the task first, or {verb} all the same with --force"
+        )
+
+
+def _adapter_state(project: Project, held: TaskClaims) -> str:
+    """What is here of a task's adapter; the registry's stage says what anybody, anywhere, has trained."""
+    folder = project.adapter(held.task)
+    if not folder.is_dir():
+        started = folder.with_name(f"{folder.name}.run").is_dir()
+        return "interrupted or training" if started else "not trained"
+    try:
+        trained_on = Adapter.read(folder).claim_digest
+    except AdapterError:
+        return "damaged"
+    return "trained" if trained_on == held.digest else "trained on other claims"
+
+
+def _write_task(folder: Path, task: str) -> None:
+    path = folder / CONFIG_FILE
+    content = json.loads(path.read_bytes())
+    partial = path.with_name(f".{CONFIG_FILE}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({**content, "task": task}, indent=2, sort_keys=True))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _read_channels(path: Path) -> dict[str, dict[str, list[int]]]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not readable as JSON: {type(error).__name__}") from None
+    sound = isinstance(content, dict) and set(content) <= set(AXES)
+    if not sound or not all(
+        isinstance(of, dict) and all(isinstance(f, list) for f in of.values()) for of in content.values()
+    ):
+        raise UsageError(f'{path} must hold {{"columns": {{module: [channels]}}, "rows": {{module: [channels]}}}}')
+    return content  # type: ignore[no-any-return]

@@ -1,0 +1,12 @@
+"""Run by Alembic, on the connection and in the transaction that `multisbora.database` has opened."""
+
+from alembic import context
+
+from multisbora.schema import metadata
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    version_table=context.config.attributes["version_table"],
+    target_metadata=metadata,
+)
+context.run_migrations()

@@ -1,0 +1,341 @@
+"""A registry to and from one JSON document: for review in git, for a move to another database."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import schema
+from .audit import check_in
+from .claims import Event
+from .document import Document, Holder, Model, content_name, parse, render
+from .errors import AllocationError, RegistryError
+from .ledger import Ledger
+from .region import own_axis
+from .registry import AXES, Registry
+from .rows import Rows, read
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import added; nothing that was there is ever changed.
+
+    Attributes:
+        models: names.
+        tasks: (model, task).
+        memberships: (model, composition, task), of new tasks and of those that were there.
+        protected: number of channels that no task may own from now on.
+        unchanged: number of tasks that were there already, identical.
+        events: number of lines of history that were taken over.
+    """
+
+    models: tuple[str, ...]
+    tasks: tuple[tuple[str, str], ...]
+    memberships: tuple[tuple[str, str, str], ...]
+    protected: int
+    unchanged: int
+    events: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def export(registry: Registry) -> dict[str, Any]:
+    """Everything that a registry says, as `dumps` writes it: the same in every store with the same content.
+
+    Compositions without a task are left out.
+
+    Raises:
+        RegistryError: the store does not hold what it should; `audit.check` tells all of it.
+    """
+    with registry.reading() as ledger:
+        _check_sound(registry, ledger, "exported")
+        return _document(read(ledger.connection)).to_json()
+
+
+def dumps(content: Mapping[str, Any]) -> str:
+    """The text of what `export` gives: one line a region, a membership and an event. ASCII, newline at the end."""
+    return render(content)
+
+
+def load(registry: Registry, content: str | Mapping[str, Any], *, dry_run: bool = False) -> Imported:
+    """Add what an exported document holds and the store does not: all of it or, on any error, nothing.
+
+    An empty store takes the history over too, and exports the same document again. In any other, what is new is
+    recorded as of now. What is there already and identical is passed over.
+
+    Args:
+        content: the text of the document, or the document.
+        dry_run: find out the same, write nothing.
+
+    Raises:
+        UsageError: the document is none, or says what cannot be.
+        AllocationError: it has an index that a task in the store, or another in the document, holds as well.
+        RegistryError: something in the store has the same name and differs; its history does not lead to its claims;
+            or the store cannot be used.
+    """
+    document = parse(content)
+    with registry.transaction(dry_run=dry_run) as ledger:
+        _check_sound(registry, ledger, "imported")
+        rows = read(ledger.connection)
+        taking = bool(document.history) and not rows.events and not rows.models
+        there = {model.name: model for model in _document(rows).models}
+        imports = [_Import(ledger, model, there.get(model.name), rows, not taking) for model in document.models]
+        for one in imports:
+            one.write()
+        if taking:
+            ledger.connection.execute(schema.events.insert(), [_row(event) for event in document.history])
+        problems = check_in(ledger.connection, storage=False).problems
+        if problems:
+            raise RegistryError(
+                f"nothing was imported: with this file in it, registry {registry.where} would be broken ({problems[0]})"
+            )
+    return Imported(
+        models=tuple(one.model.name for one in imports if one.there is None),
+        tasks=tuple((one.model.name, held.name) for one in imports for held in one.new if held.role == "task"),
+        memberships=tuple((one.model.name, *pair) for one in imports for pair in one.joined),
+        protected=sum(_size(held) for one in imports for held in one.new if held.role == "protected"),
+        unchanged=sum(one.unchanged for one in imports),
+        events=len(document.history) if taking else 0,
+    )
+
+
+@dataclass
+class _Import:
+    """One model of the document on its way into the store.
+
+    Attributes:
+        there: what the store says of this model.
+        record: whether to write down what is new; the history of the document does not.
+    """
+
+    ledger: Ledger
+    model: Model
+    there: Model | None
+    rows: Rows
+    record: bool
+    new: list[Holder] = field(default_factory=list)
+    joined: list[tuple[str, str]] = field(default_factory=list)
+    unchanged: int = 0
+
+    def write(self) -> None:
+        if self.there is None:
+            self._register()
+        else:
+            self._check_same(self.there)
+        known = {held.name: held for held in self.there.holders} if self.there else {}
+        self.new = [held for held in self.model.holders if held.name not in known]
+        for held in self.model.holders:
+            if held.name in known:
+                self._check_same_holder(held, known[held.name])
+        self.unchanged = sum(held.role == "task" and held.name in known for held in self.model.holders)
+        self._place(known | {held.name: held for held in self.new})
+
+    def _register(self) -> None:
+        model, connection = self.model, self.ledger.connection
+        row = {"name": model.name, "model_type": model.model_type, "geometry_digest": model.geometry_digest}
+        key = connection.execute(schema.models.insert().values(**row)).inserted_primary_key
+        shapes = [
+            {"model_id": key[0], "module": module, "out_features": shape[0], "in_features": shape[1]}  # type: ignore[index]
+            for module, shape in model.matrices.items()
+        ]
+        connection.execute(schema.matrices.insert(), shapes)
+        if self.record:
+            self.ledger.record("register", model.name, detail={"geometry_digest": model.geometry_digest})
+
+    def _check_same(self, there: Model) -> None:
+        same = (there.model_type, there.geometry_digest, list(there.matrices.items()))
+        if same != (self.model.model_type, self.model.geometry_digest, list(self.model.matrices.items())):
+            raise RegistryError(
+                f"model {there.name!r} is registered with other matrices (geometry {there.geometry_digest[:12]}, in "
+                f"the file {self.model.geometry_digest[:12]}): import into another registry"
+            )
+
+    def _check_same_holder(self, new: Holder, there: Holder) -> None:
+        for what in ("role", "variant", "rank", "stage"):
+            mine, theirs = getattr(new, what), getattr(there, what)
+            if mine != theirs:
+                raise self._differs(new, f"{what} {theirs}", str(mine))
+        if sorted(new.yields) != sorted(there.yields):
+            raise self._differs(
+                new, f"yields to {', '.join(there.yields) or 'nobody'}", ", ".join(new.yields) or "nobody"
+            )
+        for module in dict.fromkeys((*there.regions, *new.regions)):
+            mine, theirs = (list(held.regions.get(module, ())) for held in (new, there))
+            if mine != theirs:
+                raise self._differs(new, f"{_few(theirs)} of {module}", _few(mine))
+
+    def _differs(self, held: Holder, theirs: str, mine: str) -> RegistryError:
+        return RegistryError(
+            f"task {held.name!r} of {self.model.name} is in the registry already and differs: {theirs}, in the file "
+            f"{mine}; rename or release one of the two, then import again"
+        )
+
+    def _place(self, holders: Mapping[str, Holder]) -> None:
+        """Write the new holders and memberships, in the document's order."""
+        ids = {name: holder_id for holder_id, name in _names(self.rows, self.model.name).items()}
+        for held in self.new:
+            keepers = [ids[name] for name in held.yields]
+            task = held.name if held.role == "task" else None
+            ids[held.name] = self.ledger.restore(
+                self.model.name, held.role, task, held.variant, held.rank, held.stage, held.regions, keepers
+            )
+        protected = [held for held in holders.values() if held.role == "protected"]
+        places = _Places(self.model)
+        model_id = next((row.id for row in self.rows.models.values() if row.name == self.model.name), None)
+        existing = [row.name for row in self.rows.compositions.values() if row.model_id == model_id]
+        members = self.there.memberships if self.there else ()
+        for composition in existing:
+            for held in protected:
+                if held not in self.new:
+                    places.enter(held, composition)
+        for composition, task in members:
+            places.enter(holders[task], composition)
+        for composition in existing:
+            for held in protected:
+                if held in self.new:
+                    places.enter(held, composition)
+                    self.ledger.enter(self.model.name, ids[held.name], composition)
+        for held in self.new:
+            if held.role == "protected" and self.record:
+                counts = {module: len(indices) for module, indices in held.regions.items()}
+                detail = {"axis": AXES[own_axis(held.variant)], "channels": counts}
+                self.ledger.record("import", self.model.name, detail=detail)
+        for composition, task in self.model.memberships:
+            if (composition, task) in members:
+                continue
+            if composition not in existing:
+                existing.append(composition)
+                for held in protected:
+                    places.enter(held, composition)
+            places.enter(holders[task], composition)
+            self.ledger.enter(self.model.name, ids[task], composition)
+            self.joined.append((composition, task))
+            if self.record:
+                self._record(holders[task], composition)
+
+    def _record(self, held: Holder, composition: str) -> None:
+        claims = self.ledger.memberships(self.model.name, held.name)[composition]
+        detail = {"variant": held.variant, "rank": held.rank, "matrices": len(held.regions), "stage": held.stage}
+        self.ledger.record("import", self.model.name, composition, held.name, {**detail, "claim_digest": claims.digest})
+
+
+class _Places:
+    """Who owns what in each composition of a model, to name the two that would own the same."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._members: dict[str, list[Holder]] = defaultdict(list)
+        self._owners: dict[tuple[str, str, int], Any] = {}
+
+    def enter(self, held: Holder, composition: str) -> None:
+        members = self._members[composition]
+        axis = own_axis(held.variant)
+        for module, indices in held.regions.items():
+            key = (composition, module, axis)
+            owners = self._owners.get(key)
+            if owners is None:
+                owners = self._owners[key] = np.full(self._model.matrices[module][axis], -1, np.int32)
+            taken = owners[list(indices)]
+            if (taken >= 0).any():
+                first = int(np.argmax(taken >= 0))
+                raise self._refused(
+                    held, members[taken[first]], composition, f"{AXES[axis][:-1]} {indices[first]} of {module}"
+                )
+            owners[list(indices)] = len(members)
+        for other in members:
+            if other.variant == held.variant or other.name in held.yields or held.name in other.yields:
+                continue
+            if shared := held.regions.keys() & other.regions.keys():
+                module = min(shared)
+                row, column = (other, held) if held.variant == "fa" else (held, other)
+                cell = f"row {row.regions[module][0]}, column {column.regions[module][0]} of {module}"
+                raise self._refused(held, other, composition, f"{cell}, where neither yields")
+        members.append(held)
+
+    def _refused(self, held: Holder, other: Holder, composition: str, what: str) -> AllocationError:
+        return AllocationError(
+            f"{held.name!r} and {other.name!r} of {self._model.name} would both own {what} in composition "
+            f"{composition!r}: nothing was imported; import into another registry, or release one of the two"
+        )
+
+
+def _check_sound(registry: Registry, ledger: Ledger, what: str) -> None:
+    problems = check_in(ledger.connection, storage=False).problems
+    if problems:
+        raise RegistryError(
+            f"registry {registry.where} is broken, nothing was {what} ({problems[0]}): run multisbora registry check"
+        )
+
+
+def _document(rows: Rows) -> Document:
+    """What sound rows say."""
+    modules = {row.id: row.module for row in rows.matrices.values()}
+    models = []
+    for model in sorted(rows.models.values(), key=lambda row: row.name):
+        names = _names(rows, model.name)
+        holders = []
+        for holder_id, name in names.items():
+            row = rows.holders[holder_id]
+            keepers = tuple(names[keeper] for keeper in sorted(rows.yields.get(holder_id, ())))
+            variant: Any = row.variant
+            held = {modules[matrix]: tuple(found.tolist()) for matrix, found in rows.regions[holder_id].items()}
+            holders.append(Holder(name, row.role, variant, row.rank, row.stage, keepers, held))
+        models.append(
+            Model(
+                name=model.name,
+                model_type=model.model_type,
+                geometry_digest=model.geometry_digest,
+                matrices={
+                    row.module: (row.out_features, row.in_features)
+                    for row in rows.matrices.values()
+                    if row.model_id == model.id
+                },
+                holders=tuple(holders),
+                memberships=tuple(
+                    (rows.compositions[row.composition_id].name, names[row.task_id])
+                    for row in rows.memberships.values()
+                    if row.task_id in names and rows.holders[row.task_id].role == "task"
+                ),
+            )
+        )
+    history = tuple(Event(*line[1:-1], _sorted(json.loads(line.detail))) for line in rows.events.values())
+    return Document(tuple(models), history)
+
+
+def _sorted(detail: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(detail, sort_keys=True))
+    return found
+
+
+def _names(rows: Rows, model: str) -> dict[int, str]:
+    """Holders of a model, by id -> the names that they have in a document."""
+    used: Counter[str] = Counter()
+    found = {}
+    for row in rows.holders.values():
+        if rows.models[row.model_id].name != model:
+            continue
+        held = {rows.matrices[matrix].module: tuple(kept.tolist()) for matrix, kept in rows.regions[row.id].items()}
+        found[row.id] = row.name if row.role == "task" else content_name(row.variant, row.rank, held, used)
+    return found
+
+
+def _row(event: Event) -> dict[str, Any]:
+    columns = ("at", "actor", "action", "model", "composition", "task")
+    row = {key: getattr(event, key) for key in columns}
+    return {**row, "detail": json.dumps(event.detail, sort_keys=True)}
+
+
+def _size(held: Holder) -> int:
+    return sum(len(indices) for indices in held.regions.values())
+
+
+def _few(indices: list[int]) -> str:
+    if not indices:
+        return "nothing"
+    return f"indices {', '.join(map(str, indices[:4]))}{', ...' if len(indices) > 4 else ''}"

@@ -1,0 +1,180 @@
+"""What the databases refuse by themselves, whatever program writes: each rule broken past the API, on both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from multisbora import schema
+from multisbora.allocator import allocate
+from multisbora.database import VERSION_TABLE
+from multisbora.geometry import Geometry, Matrix
+from multisbora.registry import Registry
+
+GEOMETRY = Geometry(
+    "tiny",
+    "llama",
+    tuple(
+        Matrix(f"layers.{layer}.{name}", f"layers.{layer}.{name}.weight", *shape)
+        for layer in range(2)
+        for name, shape in {"q_proj": (8, 16), "down_proj": (12, 16)}.items()
+    ),
+)
+
+
+@contextmanager
+def past_the_api(url: str) -> Iterator[sa.Connection]:
+    """A connection as any other program has it, in one transaction that is committed at the end."""
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+    if engine.dialect.name == "sqlite":
+        sa.event.listen(engine, "connect", lambda raw, _: raw.execute("PRAGMA foreign_keys = ON"))
+    with engine.begin() as connection:
+        yield connection
+
+
+@pytest.fixture
+def filled(store_url: str) -> str:
+    """Two tasks of columns and one of rows in composition one, another of columns in two; ids 1 to 4."""
+    with Registry.open(store_url) as registry:
+        options = {"rank": 4, "target_modules": "all-linear"}
+        allocate(registry, GEOMETRY, ["math", "code"], composition="one", **options)  # type: ignore[arg-type]
+        allocate(registry, GEOMETRY, ["rows"], variant="fb", composition="one", **options)  # type: ignore[arg-type]
+        allocate(registry, GEOMETRY, ["law"], composition="two", **options)  # type: ignore[arg-type]
+    return store_url
+
+
+def refused(url: str, *statements: str) -> str:
+    """The database's own words on refusing the last of the statements."""
+    with pytest.raises(sa.exc.IntegrityError) as caught, past_the_api(url) as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    return str(caught.value.orig)
+
+
+def test_a_double_claim(filled: str) -> None:
+    with past_the_api(filled) as connection:
+        theirs = connection.exec_driver_sql(
+            "SELECT c.composition_id, matrix_id, axis, channel, c.membership_id, m.id FROM claims c JOIN memberships m "
+            "ON m.composition_id = c.composition_id AND m.id <> c.membership_id JOIN tasks t ON t.id = m.task_id "
+            "WHERE t.name = 'math' AND c.axis = 1"
+        ).first()
+    assert theirs is not None
+    composition, matrix, axis, channel, _, thief = theirs
+    words = refused(filled, f"INSERT INTO claims VALUES ({composition}, {matrix}, {axis}, {channel}, {thief})")
+    assert "UNIQUE constraint failed: claims" in words or 'unique constraint "claims_pkey"' in words
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "1, 1, 1, 0, 99",  # no such membership
+        "2, 1, 1, 0, 1",  # a membership of another composition
+        "1, 99, 1, 0, 1",  # no such matrix
+        "1, 1, 0, 0, 1",  # rows, for a task of columns
+        "1, 1, 1, 16, 1",  # outside of the matrix
+        "1, 1, 2, 0, 1",  # no axis
+        "1, 1, 1, -1, 1",  # no channel
+    ],
+)
+def test_claims_of_nobody_and_nothing(filled: str, row: str) -> None:
+    with past_the_api(filled) as connection:
+        connection.exec_driver_sql("DELETE FROM claims")  # so that nothing is refused for being taken
+    words = refused(filled, f"INSERT INTO claims VALUES ({row})")
+    assert any(text in words for text in ("outside its matrix", "CHECK constraint", "check constraint"))
+
+
+def test_two_owners_of_a_crossing(filled: str) -> None:
+    """law's columns and the rows of composition one would both own the cells where they cross."""
+    assert "own the cells where they cross" in refused(
+        filled, "INSERT INTO memberships (task_id, composition_id) VALUES (4, 1)"
+    )
+    with past_the_api(filled) as connection:  # code and rows have settled theirs
+        assert connection.exec_driver_sql("SELECT task_id, keeper_id FROM yields ORDER BY 2").all() == [(3, 1), (3, 2)]
+    assert "own the cells where they cross" in refused(
+        filled,
+        "INSERT INTO tasks (model_id, name, variant, rank) VALUES (1, 'late', 'fb', 1)",
+        "INSERT INTO regions SELECT max(t.id), 1, r.indices FROM tasks t, regions r WHERE r.task_id = 3 "
+        "AND r.matrix_id = 1 GROUP BY r.indices",
+        "INSERT INTO memberships (task_id, composition_id) SELECT max(id), 2 FROM tasks",
+    )
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("UPDATE events SET actor = 'nobody'", "append-only"),
+        ("DELETE FROM events", "append-only"),
+        ("UPDATE tasks SET variant = 'fb' WHERE id = 1", "keeps its model"),
+        ("UPDATE tasks SET rank = 1 WHERE id = 1", "keeps its model"),
+        ("UPDATE tasks SET stage = 'nonsense'", "constraint"),
+        ("UPDATE tasks SET role = 'nonsense'", "constraint"),
+        ("UPDATE tasks SET name = 'code' WHERE id = 1", "unique"),
+        ("UPDATE regions SET task_id = 2 WHERE task_id = 1", "regions never change"),
+        ("DELETE FROM regions WHERE task_id = 1", "a composition has this task"),
+        ("INSERT INTO regions SELECT 1, matrix_id, indices FROM regions WHERE task_id = 2", "has this task already"),
+        ("UPDATE yields SET keeper_id = 2 WHERE keeper_id = 1", "never changes"),
+        ("DELETE FROM yields WHERE task_id = 3", "a composition has this task"),
+        ("INSERT INTO yields VALUES (4, 3)", "has this task already"),
+        ("UPDATE memberships SET composition_id = 2 WHERE id = 1", "a membership never changes"),
+        ("DELETE FROM memberships WHERE id = 1", "has claims in this composition"),
+        ("UPDATE claims SET channel = 15 WHERE channel = 1", "a claim never changes"),
+        ("INSERT INTO memberships (task_id, composition_id) VALUES (1, 1)", "unique"),
+        ("DELETE FROM tasks WHERE id = 1", "foreign"),
+        ("INSERT INTO tasks (model_id, name, variant, rank) VALUES (1, 'x', 'fc', 1)", "constraint"),
+        ("INSERT INTO tasks (model_id, name, variant, rank) VALUES (1, 'x', 'fa', 0)", "constraint"),
+        ("INSERT INTO tasks (model_id, name, variant, rank) VALUES (9, 'x', 'fa', 1)", "foreign"),
+    ],
+)
+def test_what_was_decided_stays(filled: str, statement: str, words: str) -> None:
+    assert words in refused(filled, statement).lower()
+
+
+def test_the_earlier_claim_keeps_the_cell(filled: str) -> None:
+    """A task cannot be written to yield to a later one, not even before it joins anything."""
+    words = refused(
+        filled,
+        "INSERT INTO tasks (id, model_id, name, variant, rank) VALUES (-7, 1, 'x', 'fb', 1)",
+        "INSERT INTO yields VALUES (-7, 1)",
+    )
+    assert "constraint" in words
+
+
+def test_a_composition_without_the_protected_channels(filled: str) -> None:
+    with Registry.open(filled) as registry:
+        registry.release("tiny", "rows")
+        free = {7} - set(registry.task("tiny", "law", "two").regions["layers.0.q_proj"].indices)
+        registry.release("tiny", "math")
+        registry.release("tiny", "code")
+        registry.release("tiny", "law")
+        registry.protect(GEOMETRY, columns={"layers.0.q_proj": sorted(free | {3})})
+        allocate(registry, GEOMETRY, ["new"], composition="one", rank=4, target_modules="all-linear")
+    assert "lacks the protected channels" in refused(
+        filled,
+        "INSERT INTO compositions (model_id, name) VALUES (1, 'three')",
+        "INSERT INTO memberships (task_id, composition_id) SELECT t.id, c.id FROM tasks t, compositions c "
+        "WHERE t.name = 'new' AND c.name = 'three'",
+    )
+
+
+def test_migrations_lead_to_the_tables_of_the_code(filled: str) -> None:
+    with past_the_api(filled) as connection:
+        options = {"compare_type": True, "include_object": _ours}
+        context = MigrationContext.configure(connection, opts=options)
+        differences = compare_metadata(context, schema.metadata)
+        # PostgreSQL has a guard in place of these two: see the schema.
+        differences = [d for d in differences if not (d[0] == "add_fk" and d[1].parent.name == "claims")]
+        assert differences == []
+        query = {
+            "sqlite": "SELECT name FROM sqlite_master WHERE type = 'trigger'",
+            "postgresql": "SELECT tgname FROM pg_trigger WHERE NOT tgisinternal",
+        }[connection.dialect.name]
+        assert set(connection.exec_driver_sql(query).scalars()) == schema.GUARDS
+
+
+def _ours(_object: object, name: str | None, *_rest: object) -> bool:
+    return name != VERSION_TABLE
