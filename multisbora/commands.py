@@ -134,9 +134,11 @@ def train_task(
     from .train import train
 
     quiet()
-    if not dry_run:
+
+    def on_start() -> None:
         with required(project, task) as registry:
             registry.mark(claims, "training")
+
     found = train(
         recipe,
         base,
@@ -147,6 +149,7 @@ def train_task(
         geometry=project.base_geometry(base),
         dry_run=dry_run,
         say=say,
+        on_start=on_start,
     )
     if not dry_run:
         detail = {"adapter_digest": Adapter.read(output).digest}

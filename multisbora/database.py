@@ -117,12 +117,15 @@ class Database:
             RegistryError: the store cannot be used, or stayed busy.
         """
         seconds = BUSY_SECONDS if patience is None else patience
+        outcome = "nothing was written"
         try:
             with self._engine.connect() as connection:
                 options = {"multisbora_write": write, "multisbora_patience": seconds}
                 transaction = connection.execution_options(**options).begin()
                 yield connection
                 if keep:
+                    # A server that goes away now has committed or has not, and can no longer say which.
+                    outcome = "what was to be written may be there or not, as one: run the same again"
                     transaction.commit()
                 else:
                     transaction.rollback()
@@ -137,7 +140,7 @@ class Database:
                 raise _BusyError(
                     f"registry {self.where} stayed busy for {seconds:g} s: another process holds it; try again"
                 ) from error
-            raise RegistryError(_explain(self.where, error, text)) from error
+            raise RegistryError(_explain(self.where, error, text, outcome)) from error
 
     def _migrate(self, create: bool) -> None:
         deadline = time.monotonic() + BUSY_SECONDS
@@ -307,13 +310,13 @@ def _first_line(error: sa.exc.DBAPIError) -> str:
     return (str(error.orig).strip() or type(error.orig).__name__).splitlines()[0]
 
 
-def _explain(where: str, error: sa.exc.DBAPIError, text: str) -> str:
+def _explain(where: str, error: sa.exc.DBAPIError, text: str, outcome: str) -> str:
     if "not a database" in text or "malformed" in text:
         return f"registry {where} is no SQLite database, or a damaged one: restore it, or give another file"
     if "readonly" in text or "unable to open" in text or "read-only" in text:
         return f"registry {where} cannot be opened for writing ({text}): check its folder and your rights there"
     if "disk is full" in text or "No space left" in text:
         return f"registry {where}: its disk is full, nothing was written: free some space and try again"
-    if error.connection_invalidated or isinstance(error, sa.exc.OperationalError):
-        return f"registry {where} cannot be reached, nothing was written ({text}): check the server, then try again"
-    return f"registry {where} failed, nothing was written: {text}"
+    if where.startswith("postgresql") and isinstance(error, sa.exc.OperationalError):
+        return f"registry {where} cannot be reached, {outcome} ({text}): check the server, then try again"
+    return f"registry {where} failed, nothing was written ({text}): see multisbora registry check"

@@ -69,6 +69,7 @@ def train(
     geometry: Geometry | None = None,
     dry_run: bool = False,
     say: Callable[[str], None] = lambda message: None,
+    on_start: Callable[[], None] = lambda: None,
 ) -> TrainResult:
     """Train one task alone and write its adapter folder.
 
@@ -84,6 +85,7 @@ def train(
         geometry: of the base, where it is known already.
         dry_run: check base, claims and data, and return the steps and tokens of the run to come without starting it.
         say: told what a person should know on the way.
+        on_start: called once, when everything is checked and the run begins or goes on.
 
     Raises:
         UsageError: the recipe names an optimizer or a schedule that transformers does not have.
@@ -125,6 +127,7 @@ def train(
         )
     run = output.with_name(f"{output.name}.run")
     with _alone(run):
+        on_start()
         return _run(recipe, base, claims, output, run, config, encoded, say)
 
 

@@ -9,6 +9,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import yaml
+from builders import tiny_llama
 from commands import Run, assert_refused
 
 from multisbora.adapter import Adapter
@@ -277,3 +279,38 @@ def test_review_in_git(trained: Path, run: Run) -> None:
     assert run("registry", "export").out == before
     assert_refused(run("registry", "import", "missing.json"), 2, "missing.json does not exist")
     assert_refused(run("registry", "export", "--output", "no/where.json"), 2, "no is not a folder")
+
+
+def test_a_project_on_a_server(project: Path, run: Run, postgresql_url: str) -> None:
+    text = Path("multisbora.yaml").read_text()
+    Path("multisbora.yaml").write_text(f"{text}registry: {postgresql_url}\n")
+    assert_refused(run("release", "--task", "adding"), 1, "is not there: `multisbora allocate")
+    assert run("plan").code == 0 and run("status").code == 0  # on an empty database, and make nothing there
+    assert_refused(run("registry", "check"), 1, "is not there")
+    assert run("allocate", "--tasks", "adding,doubling").code == 0
+    assert run("registry", "check").code == 0
+    assert run("train", "--task", "adding").code == 0
+    assert run("status", "--json").json["tasks"]["adding"]["stage"] == "trained"
+    assert not Path("registry").exists()
+    Path("multisbora.yaml").write_text(f"{text}registry: postgresql+psycopg://u:secret@/x?host=/nowhere\n")
+    for arguments in (["status"], ["allocate", "--tasks", "adding"], ["plan"], ["registry", "check"]):
+        result = run(*arguments)
+        assert_refused(result, 1, "cannot be reached", "check the server")
+        assert "secret" not in result.err
+
+
+def test_a_model_whose_geometry_changed_since_the_claims(trained: Path, run: Run, tmp_path: Path) -> None:
+    """The same name, other matrices: each command says so in one line, and nothing is lost."""
+    deeper = tiny_llama(tmp_path / "elsewhere" / "llama", dtype="float32", num_hidden_layers=3)
+    project = yaml.safe_load(Path("multisbora.yaml").read_text())
+    shutil.rmtree("adapters")
+    before = run("registry", "export").out
+    Path("multisbora.yaml").write_text(yaml.safe_dump({**project, "model": str(deeper)}))
+    for arguments in (["allocate", "--tasks", "third"], ["status"], ["plan"], ["registry", "protect", "--rows", "1"]):
+        if arguments[0] == "allocate":
+            shutil.copyfile("tasks/adding.yaml", "tasks/third.yaml")
+        assert_refused(run(*arguments), 1, "model 'llama' is registered with other matrices", "another name")
+    assert_refused(run("train", "--task", "adding"), 1, "another geometry")
+    assert run("registry", "export").out == before
+    Path("multisbora.yaml").write_text(yaml.safe_dump({**project, "model": str(deeper), "name": "deeper"}))
+    assert run("allocate", "--tasks", "third").code == 0 and run("registry", "check").code == 0

@@ -405,6 +405,39 @@ def test_a_server_gone_in_mid_transaction(postgresql_url: str) -> None:
         assert list(registry.claims("tiny")) == ["math"]  # the next question finds a new connection
 
 
+def test_a_server_gone_while_it_commits(postgresql_url: str) -> None:
+    """Nobody can say then whether it was written, and the message does not pretend to."""
+    fill(postgresql_url)
+    engine = sa.create_engine(postgresql_url, poolclass=sa.NullPool)
+    opened = Database.open(postgresql_url)
+    with (
+        pytest.raises(
+            RegistryError, match=r"may be there or not, as one: run the same again .*check the server"
+        ) as caught,
+        opened.connect(write=True) as connection,
+    ):
+        pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+        connection.exec_driver_sql("UPDATE tasks SET stage = 'training'")
+        with engine.begin() as other:
+            other.exec_driver_sql(f"SELECT pg_terminate_backend({pid})")
+    one_line(caught)
+    opened.close()
+    with Registry.open(postgresql_url) as registry:
+        assert registry.task("tiny", "math").stage == "allocated"
+
+
+def test_tables_that_somebody_dropped(tmp_path: Path) -> None:
+    fill(url(tmp_path))
+    with raw(tmp_path) as connection:
+        connection.execute("DROP TABLE yields")
+    with (
+        Registry.open(url(tmp_path)) as registry,
+        pytest.raises(RegistryError, match="no such table: yields") as caught,
+    ):
+        registry.claims("tiny")
+    assert "see multisbora registry check" in one_line(caught)
+
+
 def test_two_that_forgot_to_wait_for_each_other(postgresql_url: str) -> None:
     """Past the API and its lock, the guard of crossings makes the second writer wait, and then refuses it."""
     with Registry.open(postgresql_url) as registry:
