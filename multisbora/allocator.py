@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .claims import TaskClaims, check_name
 from .delta import pattern_value
 from .errors import AllocationError, UsageError
 from .geometry import Geometry, Matrix
-from .ledger import Holding, Ledger
 from .region import VARIANTS, Region, Variant, draw, own_axis
 from .registry import AXES, DEFAULT_COMPOSITION, Registry
+from .registry.claims import TaskClaims, check_name
+from .registry.ledger import Holding, Ledger
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .adapter import CONFIG_FILE, Adapter
 from .allocator import Allocation, Room, allocate, find_rooms, matrix_ranks
 from .checkpoint import RECEIPT_FILE
-from .claims import Event, TaskClaims, check_name
 from .errors import AdapterError, MissingRegistryError, RegistryError, UsageError
 from .project import Project
 from .recipe import load
 from .region import own_axis
 from .registry import AXES, Registry
+from .registry.claims import Event, TaskClaims, check_name
 from .settings import load_yaml
 
 if TYPE_CHECKING:
-    from .audit import Audit
-    from .snapshot import Imported
+    from .registry.audit import Audit
+    from .registry.snapshot import Imported
 
 Say = Callable[[str], None]
 Result = TypeVar("Result")
@@ -226,7 +226,7 @@ def unprotect(project: Project, dry_run: bool) -> int:
 
 def check(project: Project) -> tuple[str, Audit]:
     """Prove every invariant of the project's registry; returns its URL as well."""
-    from .audit import check
+    from .registry.audit import check
 
     with required(project) as registry:
         return registry.where, check(registry)
@@ -238,7 +238,7 @@ def export(project: Project, output: Path | None) -> str:
     Raises:
         UsageError: the file's folder does not exist.
     """
-    from . import snapshot
+    from .registry import snapshot
 
     with required(project) as registry:
         text = snapshot.dumps(snapshot.export(registry))
@@ -256,7 +256,7 @@ def export(project: Project, output: Path | None) -> str:
 
 def import_(project: Project, path: Path, dry_run: bool) -> Imported:
     """Add what a file holds to the project's registry, which is made if it is not there."""
-    from . import snapshot
+    from .registry import snapshot
 
     try:
         text = path.read_text(encoding="utf-8")

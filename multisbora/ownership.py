@@ -15,7 +15,7 @@ from .plan import Plan
 from .region import own_axis
 
 if TYPE_CHECKING:
-    from .claims import TaskClaims
+    from .registry.claims import TaskClaims
 
 WIDTH = 80
 MAX_LINES = 25

@@ -14,7 +14,7 @@ from .errors import UsageError
 
 def _checked(what: str, text: str | None) -> str | None:
     """An option's text, each name in it checked before anything else is done with it."""
-    from .claims import check_name  # here, since it brings numpy, which --help has no need of
+    from .registry.claims import check_name  # here, since it brings numpy, which --help has no need of
 
     for name in [text] if text is not None and what != "tasks" else split(text) or []:
         check_name(name, what.removesuffix("s"))

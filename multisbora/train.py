@@ -28,12 +28,12 @@ from transformers.training_args import OptimizerNames
 
 from .attention import use_packed_attention
 from .checkpoint import check_output, fingerprint, publish
-from .claims import TaskClaims
 from .dataset import Encoded, check_examples, encode, load_rows, overlap, pack, packs, pad
 from .errors import DataError, TrainingError, UsageError
 from .geometry import Geometry, from_checkpoint
 from .loading import load_base, load_tokenizer
 from .recipe import Recipe
+from .registry.claims import TaskClaims
 from .tuner import SboraConfig
 
 RUN_FILE = "run.json"

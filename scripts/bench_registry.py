@@ -31,10 +31,10 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from multisbora.allocator import allocate
-from multisbora.claims import TaskClaims
-from multisbora.database import Database
 from multisbora.geometry import Geometry, from_card
 from multisbora.registry import Registry
+from multisbora.registry.claims import TaskClaims
+from multisbora.registry.database import Database
 
 MODEL = "Llama-3-70B"
 TARGETS = "all-linear"

@@ -51,13 +51,13 @@ import numpy.typing as npt
 from bench_registry import new_database, server
 
 from multisbora.allocator import allocate
-from multisbora.audit import check
-from multisbora.claims import TaskClaims
 from multisbora.errors import MultisboraError
 from multisbora.geometry import from_card
-from multisbora.ledger import Ledger
 from multisbora.region import Variant, own_axis
 from multisbora.registry import Registry
+from multisbora.registry.audit import check
+from multisbora.registry.claims import TaskClaims
+from multisbora.registry.ledger import Ledger
 
 MODEL = "Llama-3-8B"
 TARGETS: tuple[tuple[str, ...], ...] = (("q_proj", "down_proj"), ("q_proj",), ("down_proj",))

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multisbora.allocator import Allocation, allocate
-from multisbora.claims import TaskClaims
 from multisbora.errors import AllocationError, GeometryError, MultisboraError, RegistryError, UsageError
 from multisbora.geometry import Geometry, Matrix, from_card
 from multisbora.registry import Registry
+from multisbora.registry.claims import TaskClaims
 
 SHAPES = {"q_proj": (24, 32), "k_proj": (8, 32), "down_proj": (32, 48)}
 ROOT = Path(__file__).resolve().parents[1]

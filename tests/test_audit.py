@@ -20,11 +20,11 @@ from alembic import command
 from alembic.config import Config
 
 from multisbora.allocator import allocate
-from multisbora.audit import Audit, check
-from multisbora.database import HEAD
 from multisbora.geometry import Geometry, Matrix
 from multisbora.registry import Registry
-from multisbora.schema import GUARDS
+from multisbora.registry.audit import Audit, check
+from multisbora.registry.database import HEAD
+from multisbora.registry.schema import GUARDS
 
 SHAPES = {"q_proj": (12, 16), "down_proj": (20, 24)}
 GEOMETRY = Geometry(
@@ -551,7 +551,7 @@ def old_store(folder: Path, spoil: bool = False) -> None:
     rows = [[f"{m.module}.weight", m.out_features, m.in_features, "linear"] for m in GEOMETRY.matrices]
     digest = hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
     config = Config()
-    config.set_main_option("script_location", "multisbora:migrations")
+    config.set_main_option("script_location", "multisbora.registry:migrations")
     engine = sa.create_engine(url(folder))
     with engine.begin() as connection:
         config.attributes.update(connection=connection, version_table="multisbora_schema_version")

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multisbora.claims import TaskClaims, check_name
 from multisbora.errors import UsageError
 from multisbora.region import Region
+from multisbora.registry.claims import TaskClaims, check_name
 
 
 def test_the_digest_covers_what_is_held() -> None:

@@ -196,7 +196,7 @@ def test_rename_takes_the_adapter_along(trained: Path, run: Run) -> None:
 def test_a_rename_that_was_cut_short_is_finished_by_the_next(
     trained: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from multisbora.ledger import Ledger
+    from multisbora.registry.ledger import Ledger
 
     rename = Ledger.rename
     monkeypatch.setattr(Ledger, "rename", lambda *_: None)  # the files move, then the machine stops before the commit

@@ -16,12 +16,11 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from multisbora import database
 from multisbora.allocator import allocate
-from multisbora.database import HEAD, VERSION_TABLE, Database
 from multisbora.errors import AllocationError, MissingRegistryError, RegistryError
 from multisbora.geometry import Geometry, Matrix
-from multisbora.registry import Registry
+from multisbora.registry import Registry, database
+from multisbora.registry.database import HEAD, VERSION_TABLE, Database
 
 GEOMETRY = Geometry(
     "tiny",
@@ -104,7 +103,7 @@ def first_store(where: str) -> None:
     engine = sa.create_engine(where, poolclass=sa.NullPool)
     with engine.begin() as connection:
         config = Config()
-        config.set_main_option("script_location", "multisbora:migrations")
+        config.set_main_option("script_location", "multisbora.registry:migrations")
         config.attributes.update(connection=connection, version_table=VERSION_TABLE)
         command.upgrade(config, "0001")
         run = connection.exec_driver_sql

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multisbora.claims import TaskClaims
 from multisbora.errors import GeometryError
 from multisbora.geometry import Geometry, Matrix, from_card
 from multisbora.ownership import MAX_LINES, WIDTH, ownership
 from multisbora.plan import Plan, plan
 from multisbora.region import Region
+from multisbora.registry.claims import TaskClaims
 
 SMALL = from_card("SmolLM2-135M")
 

@@ -107,6 +107,16 @@ def test_installed_wheel_finds_its_own_cards_and_recipes(installed: Path, tmp_pa
     assert run(code, tmp_path, installed).splitlines() == [str(data / "models"), str(data / "tasks")]
 
 
+def test_installed_wheel_makes_a_registry(installed: Path, tmp_path: Path) -> None:
+    """Its migrations are found as package data, too."""
+    code = (
+        "from multisbora.registry import Registry\n"
+        "with Registry.open('sqlite:///registry.db') as registry: print(registry.models())"
+    )
+    assert run(code, tmp_path, installed).strip() == "{}"
+    assert (tmp_path / "registry.db").is_file()
+
+
 def test_checkout_finds_its_own_cards_and_recipes(tmp_path: Path) -> None:
     code = "from multisbora.resources import models_dir, tasks_dir; print(models_dir()); print(tasks_dir())"
     assert run(code, tmp_path).splitlines() == [str(ROOT / "registry" / "models"), str(ROOT / "tasks")]

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 
 from multisbora.allocator import allocate
-from multisbora.claims import TaskClaims
 from multisbora.errors import AllocationError, RegistryError, UsageError
 from multisbora.geometry import Geometry, Matrix
 from multisbora.registry import Registry
+from multisbora.registry.claims import TaskClaims
 
 GEOMETRY = Geometry(
     "tiny",

@@ -10,11 +10,10 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from multisbora import schema
 from multisbora.allocator import allocate
-from multisbora.database import VERSION_TABLE
 from multisbora.geometry import Geometry, Matrix
-from multisbora.registry import Registry
+from multisbora.registry import Registry, schema
+from multisbora.registry.database import VERSION_TABLE
 
 GEOMETRY = Geometry(
     "tiny",

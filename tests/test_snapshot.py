@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multisbora.allocator import allocate
-from multisbora.audit import check
-from multisbora.document import content_name, parse
 from multisbora.errors import AllocationError, MultisboraError, RegistryError, UsageError
 from multisbora.geometry import Geometry, Matrix
 from multisbora.registry import Registry
-from multisbora.snapshot import Imported, dumps, export, load
+from multisbora.registry.audit import check
+from multisbora.registry.document import content_name, parse
+from multisbora.registry.snapshot import Imported, dumps, export, load
 
 GEOMETRY = Geometry(
     "tiny",

@@ -26,7 +26,8 @@ from multisbora.dataset import encode, pack
 from multisbora.errors import CheckpointError, DataError, MultisboraError, TrainingError, UsageError
 from multisbora.geometry import Geometry, from_checkpoint
 from multisbora.recipe import Recipe
-from multisbora.registry import Registry, TaskClaims
+from multisbora.registry import Registry
+from multisbora.registry.claims import TaskClaims
 from multisbora.train import METRICS_FILE, RUN_FILE, TRAINING_FILE, TrainResult, answer_loss, train
 
 train_module = importlib.import_module("multisbora.train")  # the package's own `train` is the function

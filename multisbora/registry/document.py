@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from ..errors import UsageError
+from ..region import VARIANTS, Variant, own_axis
 from .claims import Event, check_name
-from .errors import UsageError
-from .region import VARIANTS, Variant, own_axis
 from .rows import shown
 
 FORMAT = 1

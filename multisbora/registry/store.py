@@ -12,12 +12,12 @@ from types import TracebackType
 
 import sqlalchemy as sa
 
+from ..errors import AllocationError, RegistryError, UsageError
+from ..geometry import Geometry
+from ..region import own_axis
 from .claims import Event, TaskClaims, check_name
 from .database import Database
-from .errors import AllocationError, RegistryError, UsageError
-from .geometry import Geometry
 from .ledger import Holding, Ledger
-from .region import own_axis
 from .schema import models
 
 DEFAULT_COMPOSITION = "default"

@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import UsageError
-from .region import Region, Variant
+from ..errors import UsageError
+from ..region import Region, Variant
 
 MAX_NAME = 100
 

@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 
-from . import geometry, schema
-from .errors import GeometryError
+from ..errors import GeometryError
+from ..geometry import Geometry
+from ..geometry import Matrix as GeometryMatrix
+from . import schema
 
 _STORED = np.dtype("<u4")
 Stored = npt.NDArray[np.uint32]
@@ -178,11 +180,11 @@ def geometry_digests(rows: Rows, model: Model) -> set[str]:
         tensors = [[f"{row.module}.weight", row.out_features, row.in_features, orientation] for row in inside]
         digests.add(hashlib.sha256(json.dumps(tensors, separators=(",", ":")).encode()).hexdigest())
         matrices = (
-            geometry.Matrix(row.module, f"{row.module}.weight", row.out_features, row.in_features, orientation)
+            GeometryMatrix(row.module, f"{row.module}.weight", row.out_features, row.in_features, orientation)
             for row in inside
         )
         try:
-            digests.add(geometry.Geometry(model.name, model.model_type, tuple(matrices)).digest)
+            digests.add(Geometry(model.name, model.model_type, tuple(matrices)).digest)
         except GeometryError:  # none, or one twice
             return set()
     return digests

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import AllocationError, RegistryError
+from ..region import own_axis
 from . import schema
 from .audit import check_in
 from .claims import Event
 from .document import Document, Holder, Model, content_name, parse, render
-from .errors import AllocationError, RegistryError
 from .ledger import Ledger
-from .region import own_axis
-from .registry import AXES, Registry
 from .rows import Rows, read
+from .store import AXES, Registry
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Run by Alembic, on the connection and in the transaction that `multisbora.database` has opened."""
+"""Run by Alembic, on the connection and in the transaction that `multisbora.registry.database` has opened."""
 
 from alembic import context
 
-from multisbora.schema import metadata
+from multisbora.registry.schema import metadata
 
 context.configure(
     connection=context.config.attributes["connection"],

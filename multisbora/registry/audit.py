@@ -17,14 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 
+from ..errors import MultisboraError, RegistryError
+from ..region import VARIANTS, own_axis
 from .claims import check_name
-from .errors import MultisboraError, RegistryError
-from .region import VARIANTS, own_axis
-from .registry import AXES, Registry
 from .replay import disagreements
 from .rows import Holder, Rows, Stored, geometry_digests, read, shown
 from .schema import claims
 from .storage import faults
+from .store import AXES, Registry
 
 # The worst first: what is found of one kind is told before anything of the next.
 _KINDS = ("storage", "rows", "owners", "claims", "regions", "roles", "names", "history")

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 
+from ..errors import RegistryError
+from ..geometry import Geometry
+from ..region import Region, Variant, own_axis
 from .claims import Event, TaskClaims
-from .errors import RegistryError
-from .geometry import Geometry
-from .region import Region, Variant, own_axis
 from .schema import claims, compositions, events, matrices, memberships, models, regions, tasks, yields
 
 _STORED = np.dtype("<u4")

@@ -15,7 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from .errors import AllocationError, MissingRegistryError, RegistryError
+from ..errors import AllocationError, MissingRegistryError, RegistryError
 from .schema import metadata
 
 HEAD = "0002"  # the newest revision in migrations/versions
@@ -184,7 +184,7 @@ def _upgrade(connection: sa.Connection, version: str | None, where: str) -> None
     from alembic.script import ScriptDirectory
 
     config = Config()
-    config.set_main_option("script_location", "multisbora:migrations")
+    config.set_main_option("script_location", "multisbora.registry:migrations")
     config.attributes.update(connection=connection, version_table=VERSION_TABLE)
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     if version is not None and version not in known:
