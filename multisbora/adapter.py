@@ -16,7 +16,7 @@ import numpy as np
 
 from .delta import pattern_value, scaling
 from .errors import AdapterError, CheckpointError, GeometryError, UsageError
-from .geometry import Geometry, Matrix
+from .geometry import Geometry, Matrix, Names
 from .header import Header, TensorInfo, read_header
 from .region import VARIANTS, Region, own_axis
 
@@ -183,10 +183,11 @@ class _Config:
         return value or None
 
     def excluded(self, modules: set[str]) -> dict[str, tuple[int, ...]]:
-        """module -> indices of the other axis; a module may be named with other leading parts, as PEFT users do."""
+        """module -> indices of the other axis; it may have another of the names that `geometry.Names` knows."""
+        names = Names(modules)
         found = {}
         for name, values in self._object("excluded").items():
-            known = [m for m in modules if m == name or m.endswith(f".{name}") or name.endswith(f".{m}")]
+            known = names.find(name)
             if len(known) != 1:
                 raise AdapterError(f"{self.path}: excluded names {name}, which is no module of the adapter")
             if not isinstance(values, list) or any(type(value) is not int for value in values):

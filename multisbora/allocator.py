@@ -19,67 +19,11 @@ from .geometry import Geometry, Matrix
 from .region import VARIANTS, Region, Variant, draw, own_axis
 from .registry import AXES, DEFAULT_COMPOSITION, Registry
 from .registry.claims import TaskClaims, check_name
-from .registry.ledger import Holding, Ledger
+from .registry.ledger import Ledger
+from .registry.reader import Holding
+from .room import Room, held_on, is_crossed, room, taken_of
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Room:
-    """How many more tasks of one kind fit into a composition, if they are in no other one.
-
-    Attributes:
-        tasks: its tasks.
-        more_tasks: how many more fit; the matrix with the least room decides.
-        module: that matrix.
-        axis: "rows" or "columns", what the new tasks would claim of it.
-        size: length of that axis.
-        free: how many of them nobody holds.
-        holders: task -> how many it holds there. All of them meet in this composition, so none can share.
-        protected: how many no task may hold.
-        crossed: the tasks of the other variant own every cell of the matrix, so nothing fits whatever is free.
-    """
-
-    composition: str
-    tasks: tuple[str, ...]
-    rank: int
-    more_tasks: int
-    module: str
-    axis: str
-    size: int
-    free: int
-    holders: dict[str, int]
-    protected: int
-    crossed: bool
-
-    @property
-    def line(self) -> str:
-        """How many more tasks fit, and what decides it."""
-        return f"{self.more_tasks or 'no'} more task{'s' if self.more_tasks != 1 else ''} like these fit: {self.reason}"
-
-    @property
-    def reason(self) -> str:
-        """Why no more than `more_tasks` fit, in one line."""
-        if self.crossed:
-            return f"tasks of the other variant own every cell of {self.module}"
-        held = f"{self.size - self.free} of its {self.size} {self.axis} are held"
-        kept = f", {self.protected} of them protected" if self.protected else ""
-        return f"{self.module} decides: {held} by {len(self.holders)} tasks that all meet{kept}; {self.free} are free"
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "tasks": list(self.tasks),
-            "more_tasks": self.more_tasks,
-            "tightest": {
-                "module": self.module,
-                "axis": self.axis,
-                "size": self.size,
-                "free": self.free,
-                "protected": self.protected,
-                "crossed": self.crossed,
-                "holders": self.holders,
-            },
-        }
 
 
 @dataclass(frozen=True)
@@ -174,49 +118,6 @@ def allocate(
         asked = dict.fromkeys(name for names in wanted_in.values() for name in names)
         rooms = {name: room(plan.holdings, name, wanted, variant) for name in asked}
     return Allocation(found, rooms, moved)
-
-
-def room(holdings: Sequence[Holding], composition: str, ranks: Mapping[Matrix, int], variant: Variant) -> Room:
-    """How many more tasks of one variant fit into a composition.
-
-    Args:
-        holdings: at least those of the composition, and the protected channels.
-        ranks: matrix -> indices a task claims there.
-    """
-    inside = [holding for holding in holdings if holding.task is None or composition in holding.compositions]
-    axis = own_axis(variant)
-    tightest: Room | None = None
-    tasks = tuple(holding.task for holding in inside if holding.task is not None)
-    own, other = _on(inside, axis), _on(inside, 1 - axis)
-    for matrix, rank in ranks.items():
-        free = matrix.shape[axis] - int(np.count_nonzero(_taken(own, matrix, axis)))
-        crossed = _is_crossed(other, matrix, 1 - axis)
-        more = 0 if crossed else free // rank
-        if tightest is not None and tightest.more_tasks <= more:
-            continue
-        counts = [(h.task, len(h.indices.get(matrix.module, ()))) for h in own]
-        tightest = Room(
-            composition=composition,
-            tasks=tasks,
-            rank=rank,
-            more_tasks=more,
-            module=matrix.module,
-            axis=AXES[axis],
-            size=matrix.shape[axis],
-            free=free,
-            holders={task: count for task, count in counts if task is not None and count},
-            protected=sum(count for task, count in counts if task is None),
-            crossed=crossed,
-        )
-    assert tightest is not None  # Geometry.select refuses to select nothing
-    return tightest
-
-
-def find_rooms(registry: Registry, model: str, ranks: Mapping[Matrix, int], variant: Variant) -> dict[str, Room]:
-    """`room` of every composition of a model that has tasks. `ranks`: matrices as the registry names them."""
-    with registry.reading() as ledger:
-        holdings, names = ledger.holdings(model), ledger.compositions(model)
-    return {name: room(holdings, name, ranks, variant) for name in names}
 
 
 def matrix_ranks(
@@ -335,10 +236,10 @@ class _Plan:
             indices = found[new.task] = {}
             near = [h for h in drawn if h.task is None or not h.compositions.isdisjoint(new.compositions)]
             axis = own_axis(new.variant)
-            own, other = _on(near, axis), _on(near, 1 - axis)
+            own, other = held_on(near, axis), held_on(near, 1 - axis)
             for matrix, rank in new.ranks.items():
-                taken = _taken(own, matrix, axis)
-                if _is_crossed(other, matrix, 1 - axis):
+                taken = taken_of(own, matrix, axis)
+                if is_crossed(other, matrix, 1 - axis):
                     raise AllocationError(
                         f"{matrix.module}: other tasks own all of its {matrix.shape[1 - axis]} {AXES[1 - axis]}, so "
                         f"{new.variant} {AXES[axis]} of task {new.task!r} would have no cell left: use the other "
@@ -368,7 +269,7 @@ class _Plan:
         need = sum(weights[name] for name in names)
         size, protected = (
             matrix.shape[axis],
-            int(np.count_nonzero(_taken(_on(self._protections(), axis), matrix, axis))),
+            int(np.count_nonzero(taken_of(held_on(self._protections(), axis), matrix, axis))),
         )
         kept = f" ({protected} more are protected)" if protected else ""
         other = "fb" if new.variant == "fa" else "fa"
@@ -458,25 +359,6 @@ def _check_same(held: TaskClaims, variant: Variant, rank: int, wanted: Mapping[M
     )
 
 
-def _on(holdings: Iterable[Holding], axis: int) -> list[Holding]:
-    """Those that claim on this axis."""
-    return [holding for holding in holdings if own_axis(holding.variant) == axis]
-
-
-def _taken(holdings: Sequence[Holding], matrix: Matrix, axis: int) -> npt.NDArray[np.bool_]:
-    """(size of the axis,): which indices one of them, all of them on this axis, holds."""
-    taken = np.zeros(matrix.shape[axis], np.bool_)
-    held = [holding.indices[matrix.module] for holding in holdings if matrix.module in holding.indices]
-    if held:
-        taken[np.concatenate(held)] = True
-    return taken
-
-
-def _is_crossed(holdings: Sequence[Holding], matrix: Matrix, axis: int) -> bool:
-    """Whether those that claim on this axis leave no cell of the matrix to the other one."""
-    return bool(holdings) and bool(_taken(holdings, matrix, axis).all())
-
-
 def _conflict_graph(holders: Iterable[Holding | _New]) -> Any:
     from .conflicts import conflict_graph
 
@@ -498,9 +380,11 @@ def _conflict(
     other, modules = next(iter(in_the_way.items()))
     shown = ", ".join(modules[:3]) + (", ..." if len(modules) > 3 else "")
     more = f", and {len(in_the_way) - 1} more tasks do" if len(in_the_way) > 1 else ""
+    crosses = next(h for h in others if h.task == other).variant != mine.variant
+    how = "crosses it, and neither yields," if crosses else "owns the same cells"
     problem = (
-        f"task {mine.task!r} cannot join composition {composition!r} with its indices: task {other!r} there owns "
-        f"the same cells in {len(modules)} matrices ({shown}){more}"
+        f"task {mine.task!r} cannot join composition {composition!r} with its indices: task {other!r} there {how} "
+        f"in {len(modules)} matrices ({shown}){more}"
     )
     trained = [str(h.task) for h in (mine, *others) if h.stage != "allocated"]
     movable = mine.stage == "allocated" or all(h.stage == "allocated" for h in others)

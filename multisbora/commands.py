@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter
-from .allocator import DEFAULT_TARGETS, Room, find_rooms
+from .allocator import DEFAULT_TARGETS
 from .checkpoint import RECEIPT_FILE, check_output
 from .errors import AdapterError, RegistryError, UsageError, VerificationError
 from .lifecycle import existing, required, resolve_targets
@@ -22,6 +22,7 @@ from .plan import METHODS, Plan, plan
 from .project import PROJECT_FILE, Project
 from .recipe import Recipe, load
 from .registry import Registry
+from .room import Room, find_rooms
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation

@@ -383,7 +383,7 @@ def _check_length(model: Any, recipe: Recipe, needed: int, say: Say) -> None:
     Raises:
         DataError: `needed` tokens are more than the model has positions.
     """
-    known = getattr(model.config, "max_position_embeddings", None)
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if known is None or needed <= known:
         return
     message = f"task {recipe.name} needs up to {needed} tokens at a time and the model was made for {known}"

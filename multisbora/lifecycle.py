@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .adapter import CONFIG_FILE, Adapter
-from .allocator import Allocation, Room, allocate, find_rooms, matrix_ranks
+from .allocator import Allocation, allocate, matrix_ranks
 from .checkpoint import RECEIPT_FILE
 from .errors import AdapterError, MissingRegistryError, RegistryError, UsageError
 from .project import Project
@@ -17,6 +17,7 @@ from .recipe import load
 from .region import own_axis
 from .registry import AXES, Registry
 from .registry.claims import Event, TaskClaims, check_name
+from .room import Room, find_rooms
 from .settings import load_yaml
 
 if TYPE_CHECKING:

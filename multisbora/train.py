@@ -155,7 +155,7 @@ def _run(
     if base_model.dtype == torch.float16 and not torch.cuda.is_available():
         say("the base is fp16, whose gradients vanish without loss scaling: training in fp32 on this machine")
         base_model = base_model.float()
-    base_model.config.use_cache = False
+    base_model.config.get_text_config().use_cache = False
     if recipe.training.gradient_checkpointing:
         # Called gradient_checkpointing_enable before transformers 5.23, which warns of that name.
         enable = (
@@ -167,7 +167,7 @@ def _run(
     if not packed:
         say("this model cannot keep packed examples apart: batches are padded")
     model = peft.get_peft_model(base_model, config)
-    pad_id = model.config.pad_token_id or 0
+    pad_id = model.config.get_text_config().pad_token_id or 0
     metrics = _Metrics(run / METRICS_FILE, recipe.name)
     arguments = _arguments(recipe, run, scale_loss=base_model.dtype == torch.float16)
     trainer = Trainer(

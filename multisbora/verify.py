@@ -6,12 +6,13 @@ index by index in torch. It shares no code with what it judges, so that a mistak
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ _UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError),
     SafetensorError,
 )
+# Parts that a library puts before the numbered blocks of a language model, in any order; and parts of another model
+# beside it, whose blocks may have the same names.
+_AROUND = {"base_model", "model", "language_model"}
+_BESIDE = re.compile(r"\b(?:(?:vision|audio)_(?:tower|model|encoder)|vision_backbone|visual|speech_encoder)\b")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -161,14 +166,43 @@ def _share(config: dict[str, Any], module: str, file: Any, end: str) -> _Share:
         if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
             alpha = value
             break
-    excluded: list[int] = []
-    for name, found in (config.get("excluded") or {}).items():
-        if name == module or name.endswith("." + module) or module.endswith("." + name):
-            excluded = sorted(found)
+    entries = config.get("excluded") or {}
+    names = _meaning(module, entries)
+    if len(names) > 1:
+        raise ValueError(f"excluded has {len(names)} entries for {module}")
+    excluded = sorted(entries[names[0]]) if names else []
     if any(type(index) is not int for index in excluded):
         raise ValueError(f"excluded[{module}] is no list of whole numbers")
     divisor = math.sqrt(len(indices)) if config.get("use_rslora") else len(indices)
     return _Share(indices.tolist(), excluded, values, alpha / divisor)
+
+
+def _meaning(module: str, names: Collection[str]) -> list[str]:
+    """Which of `names` mean `module`: the same; or the same block under other wrappers; or one with more in front."""
+    if module in names:
+        return [module]
+    front, block = _at_block(module)
+    split = {name: _at_block(name) for name in names}
+    if front <= _AROUND and (same := [n for n, (f, b) in split.items() if b and b == block and f <= _AROUND]):
+        return same
+    beside = set(_BESIDE.findall(module))
+    return [
+        name
+        for name, (_, other) in split.items()
+        if block and other and set(_BESIDE.findall(name)) == beside
+        if name.endswith("." + module) or module.endswith("." + name)
+    ]
+
+
+@functools.cache
+def _at_block(name: str) -> tuple[frozenset[str], str]:
+    """A module's name cut before its list of blocks: ({"model"}, "layers.0.mlp.up"); ({...}, "") outside of blocks."""
+    parts = name.split(".")
+    number = next((place for place, part in enumerate(parts[:-1]) if part.isdecimal()), None)
+    if number is None:
+        return frozenset(parts), ""
+    start = max(number - 1, 0)
+    return frozenset(parts[:start]), ".".join(parts[start:])
 
 
 class _Weights:
@@ -330,13 +364,12 @@ class _Audit:
     def _owners(self, before: _Weights) -> dict[str, list[tuple[_Task, _Share]]]:
         """Stored tensor -> the tasks that own cells of it."""
         found: dict[str, list[tuple[_Task, _Share]]] = {}
+        layers = {key.removesuffix(".weight") for key in before.where if key.endswith(".weight")}
         for task in self.tasks:
             for module, share in task.shares.items():
-                wanted = f"{module}.weight"
-                keys = [wanted] if wanted in before.where else []
-                keys = keys or [k for k in before.where if k.endswith("." + wanted) or wanted.endswith("." + k)]
-                if len(keys) == 1:
-                    found.setdefault(keys[0], []).append((task, share))
+                names = _meaning(module, layers)
+                if len(names) == 1:
+                    found.setdefault(f"{names[0]}.weight", []).append((task, share))
                 else:
                     self.problems.append(f"{task.name}: {self.base} has no one tensor for the module {module}")
         return found
@@ -422,6 +455,8 @@ def _apply(task: _Task, share: _Share, matrix: torch.Tensor, differs: torch.Tens
         return "indices are outside the matrix or repeated"
     if any(not 0 <= index < length for index in share.excluded):
         return "excluded indices are outside the matrix"
+    if values[:, share.excluded].any():
+        return "the adapter's values are not zero in cells that an earlier task owns"
     own = torch.ones(length, dtype=torch.bool)
     own[share.excluded] = False
     factor = torch.tensor(task.weight * share.scaling, dtype=torch.float32)

@@ -300,7 +300,10 @@ def test_reuse_across_a_crossing(registry: Registry) -> None:
     assert give(registry, "rows", variant="fb", rank=2, composition="alone").tasks["rows"].regions == crossed.regions
     give(registry, "free", variant="fb", rank=2, composition="third")
     give(registry, "more", composition="third")
-    with pytest.raises(AllocationError, match=r"'free' cannot join .*'default' .*task 'cols' there owns"):
+    with pytest.raises(
+        AllocationError,
+        match=r"'free' cannot join .*'default' .*task 'cols' there crosses it, and neither yields, in 6 mat",
+    ):
         give(registry, "free", variant="fb", rank=2)
 
 

@@ -556,6 +556,10 @@ def test_wrong_configuration(given: dict[str, Any], words: tuple[str, ...]) -> N
         (dict(indices={"layers.0.up": [1]}, excluded={"layers.0.up": [12]}), ("excluded 12",)),
         (dict(indices={"layers.0.up": [1]}, target_modules=["up"]), ("layers.1.up is a target", "no entry")),
         (dict(indices={"layers.0.up": [1], "layers.7.up": [1]}), ("layers.7.up", "no target module")),
+        (
+            dict(indices={"layers.0.up": [1]}, excluded={"up": [2]}),
+            ("`excluded` has an entry for up", "no target module"),
+        ),
         (dict(r=9, target_modules=["up"]), ("layers.0.up", "rank 9", "8 columns", "rank_pattern")),
         (dict(variant="fb", r=9, target_modules=["down"]), ("layers.0.down", "8 rows")),
         (dict(r=2, target_modules=["embed"]), ("embed is a Embedding", "linear layers")),

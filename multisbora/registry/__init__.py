@@ -3,7 +3,8 @@
 claims      what one task holds
 schema      the tables, and what the database itself refuses; migrations/ makes them
 database    SQLite and PostgreSQL opened with care
-ledger      reads and writes inside one transaction
+reader      questions inside one transaction
+ledger      and what can be written in one
 store       Registry: a store that is open
 rows, storage, replay, audit        the proof that every invariant of a store holds
 document, snapshot                  a store as one JSON, and back

@@ -17,6 +17,7 @@ from .audit import check_in
 from .claims import Event
 from .document import Document, Holder, Model, content_name, parse, render
 from .ledger import Ledger
+from .reader import Reader
 from .rows import Rows, read
 from .store import AXES, Registry
 
@@ -265,8 +266,8 @@ class _Places:
         )
 
 
-def _check_sound(registry: Registry, ledger: Ledger, what: str) -> None:
-    problems = check_in(ledger.connection, storage=False).problems
+def _check_sound(registry: Registry, reader: Reader, what: str) -> None:
+    problems = check_in(reader.connection, storage=False).problems
     if problems:
         raise RegistryError(
             f"registry {registry.where} is broken, nothing was {what} ({problems[0]}): run multisbora registry check"

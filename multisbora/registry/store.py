@@ -17,7 +17,8 @@ from ..geometry import Geometry
 from ..region import own_axis
 from .claims import Event, TaskClaims, check_name
 from .database import Database
-from .ledger import Holding, Ledger
+from .ledger import Ledger
+from .reader import Holding, Reader
 from .schema import models
 
 DEFAULT_COMPOSITION = "default"
@@ -79,10 +80,10 @@ class Registry:
             yield Ledger(connection)
 
     @contextmanager
-    def reading(self) -> Iterator[Ledger]:
+    def reading(self) -> Iterator[Reader]:
         """One state of the store for several questions. Nothing can be written."""
         with self._database.connect() as connection:
-            yield Ledger(connection)
+            yield Reader(connection)
 
     def named(self, geometry: Geometry) -> Geometry:
         """A geometry with the modules called as claims call them, where the registry knows the model.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from operator import index
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import PeftConfig
 
 from ..delta import pattern_value
 from ..errors import UsageError
+from ..geometry import Names, spellings
 from ..region import VARIANTS, Region, Variant, draw
 
 
@@ -24,9 +26,10 @@ class SboraConfig(PeftConfig):
         r: rank, the number of columns or rows that the adapter owns in every target matrix.
         alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `use_rslora`.
         target_modules: suffixes of module names, a regular expression, or "all-linear". With `indices` given and this
-            left out, the targets are the modules of `indices`.
+            left out, the targets are the modules of `indices`, in each of their `geometry.spellings`.
         indices: {module: sorted indices}, as the registry allocated them. None draws them with `seed`, for the use of a
-            single task without a registry. A module's rank is the number of its indices.
+            single task without a registry. A module's rank is the number of its indices. Its name may be the stored or
+            the live one, here and in `excluded`: `geometry.Names` says which names mean one module.
         excluded: {module: indices of the other axis} whose cells earlier claims own; those values stay zero.
         seed: of the draw, and of nothing else.
         use_rslora: rank-stabilised scaling.
@@ -78,7 +81,8 @@ class SboraConfig(PeftConfig):
             for module in self.indices:
                 self._given_region(module)
             if self.target_modules is None:
-                self.target_modules = set(self.indices)
+                # PEFT knows the live model's names alone, and this config does not know the model.
+                self.target_modules = {name for module in self.indices for name in spellings(module)}
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -95,7 +99,7 @@ class SboraConfig(PeftConfig):
         loader makes room of the right size before it reads them.
         """
         ranks = {
-            re.escape(module): len(indices)
+            "|".join(re.escape(name) for name in spellings(module)): len(indices)
             for module, indices in (self.indices or {}).items()
             if len(indices) != pattern_value(self.rank_pattern, module, self.r)
         }
@@ -137,7 +141,7 @@ class SboraConfig(PeftConfig):
             indices = draw(size, rank, self.seed, module)
             region = Region(self.variant, indices, tuple(_lookup(self.excluded, module) or ()))
         else:
-            name = _match(self.indices, module)
+            name = _entry(self.indices, module)
             if name is None:
                 raise UsageError(
                     f"{module} is a target, but `indices` has no entry for it: "
@@ -148,27 +152,43 @@ class SboraConfig(PeftConfig):
         return region
 
     def check_targets(self, modules: Collection[str]) -> None:
-        """Refuse indices of modules that are not among the targets, `modules`: nothing would be trained there.
+        """Refuse `indices` and `excluded` of modules that are not among the targets, `modules`.
+
+        Nothing would be trained there; or cells would be that belong to another task.
 
         Raises:
             UsageError: there are some; the message names the first.
         """
-        stray = [name for name in self.indices or () if _match(modules, name) is None]
-        if stray:
-            more = f" (and {len(stray) - 1} more)" if len(stray) > 1 else ""
-            raise UsageError(
-                f"`indices` has an entry for {stray[0]}{more}, which is no target module of this model: "
-                "correct the name, or add it to target_modules"
-            )
+        for what, given in (("indices", self.indices or {}), ("excluded", self.excluded)):
+            stray = [name for name in given if not _names(modules, name)]
+            if stray:
+                more = f" (and {len(stray) - 1} more)" if len(stray) > 1 else ""
+                raise UsageError(
+                    f"`{what}` has an entry for {stray[0]}{more}, which is no target module of this model: "
+                    "correct the name, or add it to target_modules"
+                )
 
 
-def _match(names: Collection[str], module: str) -> str | None:
-    """The entry for a module whose two names may differ by leading parts ("h.0.mlp" and "transformer.h.0.mlp")."""
-    if module in names:
-        return module
-    return next((n for n in names if module.endswith(f".{n}") or n.endswith(f".{module}")), None)
+def _names(names: Collection[str], module: str) -> list[str]:
+    """Those of `names` that can mean `module`, as `geometry.Names` has it."""
+    return [module] if module in names else _index(tuple(names)).find(module)
+
+
+@lru_cache(maxsize=4)  # all modules of a model are looked up in the same few collections, one after another
+def _index(names: tuple[str, ...]) -> Names:
+    return Names(names)
+
+
+def _entry(mapping: dict[str, list[int]], module: str) -> str | None:
+    """The key that means `module`, if there is one."""
+    names = _names(mapping, module)
+    if len(names) > 1:
+        raise UsageError(
+            f"{module} can be {' or '.join(names)}: name modules in indices and excluded as this model does"
+        )
+    return names[0] if names else None
 
 
 def _lookup(mapping: dict[str, list[int]], module: str) -> list[int] | None:
-    name = _match(mapping, module)
+    name = _entry(mapping, module)
     return None if name is None else mapping[name]

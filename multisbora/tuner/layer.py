@@ -158,6 +158,7 @@ class SboraLayer(nn.Module, BaseTunerLayer):
             base = weight.index_select(axis, indices)
             update = self.update(name).detach()
             cells = (base.float() + (update.t() if self.transposed else update)).to(weight.dtype)
+            cells = cells if self.weight_of[name] else base  # a task at 0 is left out, as in a merge of files
             if self.excluded[name]:
                 # 0 added to -0.0 is +0.0: cells of earlier claims keep their very bits.
                 excluded = torch.tensor(self.excluded[name], device=weight.device)

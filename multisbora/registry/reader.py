@@ -1,0 +1,251 @@
+"""Questions to a registry inside one transaction. Nothing here writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import sqlalchemy as sa
+
+from ..errors import RegistryError
+from ..geometry import Geometry
+from ..region import Region, Variant
+from .claims import Event, TaskClaims
+from .schema import compositions, events, matrices, memberships, models, regions, tasks, yields
+
+STORED = np.dtype("<u4")  # of the indices in `regions`
+Indices = npt.NDArray[np.unsignedinteger[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What one holder owns of the matrices of a model: a task, or (`task` is None) a set of protected channels.
+
+    Attributes:
+        indices: module -> claimed columns (fa) or rows (fb), sorted.
+    """
+
+    task: str | None
+    variant: Variant
+    stage: str
+    compositions: frozenset[str]
+    indices: dict[str, Indices]
+
+
+class Reader:
+    """What `Registry.reading` gives. Every method works on the one state that the transaction sees."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+
+    @property
+    def connection(self) -> sa.Connection:
+        """The transaction's own connection, for what is asked in SQL."""
+        return self._connection
+
+    def claims(self, model: str, composition: str) -> dict[str, TaskClaims]:
+        """Claims of every task of a composition, earliest member first."""
+        return {found.task: found for found in self._load(models.c.name == model, compositions.c.name == composition)}
+
+    def memberships(self, model: str, task: str) -> dict[str, TaskClaims]:
+        """Claims of one task in every composition that it is in, by composition, earliest first."""
+        return {found.composition: found for found in self._load(models.c.name == model, tasks.c.name == task)}
+
+    def compositions(self, model: str) -> dict[str, tuple[str, ...]]:
+        """Compositions of a model that have tasks, by name: their tasks, earliest member first."""
+        query = (
+            sa.select(compositions.c.name, tasks.c.name)
+            .select_from(joined())
+            .where(models.c.name == model, tasks.c.role == "task")
+            .order_by(compositions.c.name, memberships.c.id)
+        )
+        found: dict[str, tuple[str, ...]] = {}
+        for composition, task in self._connection.execute(query):
+            found[composition] = (*found.get(composition, ()), task)
+        return found
+
+    def holdings(self, model: str, among: Collection[str] | None = None) -> list[Holding]:
+        """Everything held in the compositions `among` (None: in any), and the protected channels; earliest first."""
+        query = (
+            sa.select(tasks.c.id, tasks.c.name, tasks.c.variant, tasks.c.role, tasks.c.stage, compositions.c.name)
+            .select_from(
+                tasks.join(models, tasks.c.model_id == models.c.id)
+                .outerjoin(memberships, memberships.c.task_id == tasks.c.id)
+                .outerjoin(compositions, memberships.c.composition_id == compositions.c.id)
+            )
+            .where(models.c.name == model, tasks.c.role != "released")
+            .order_by(tasks.c.id)
+        )
+        found: dict[int, Holding] = {}
+        for task_id, name, variant, role, stage, composition in self._connection.execute(query):
+            before = found.get(task_id)
+            joined = (before.compositions if before else frozenset()) | ({composition} if composition else set())
+            found[task_id] = Holding(None if role == "protected" else name, variant, stage, joined, {})
+        if among is not None:
+            found = {
+                task_id: holding
+                for task_id, holding in found.items()
+                if holding.task is None or not holding.compositions.isdisjoint(among)
+            }
+        names = self._modules(model)
+        for task_id, matrix_id, indices in self._regions(found):
+            found[task_id].indices[names[matrix_id]] = np.frombuffer(indices, STORED)
+        return list(found.values())
+
+    def shapes(self, model: str) -> dict[str, tuple[int, int]]:
+        """Matrices of a registered model: module -> (out_features, in_features).
+
+        Raises:
+            RegistryError: the model is not registered.
+        """
+        query = sa.select(matrices.c.module, matrices.c.out_features, matrices.c.in_features)
+        rows = self._connection.execute(query.where(matrices.c.model_id == self._model(model)).order_by(matrices.c.id))
+        return {module: (out_features, in_features) for module, out_features, in_features in rows}
+
+    def unsettled(self, model: str, task: str, composition: str) -> tuple[str, ...]:
+        """Tasks of a composition that own cells which `task` also owns, since neither yields to the other.
+
+        They are of the other variant, and share a matrix with it.
+        """
+        mine, other, first, second = tasks.alias(), tasks.alias(), regions.alias(), regions.alias()
+        between = sa.or_(
+            sa.and_(yields.c.task_id == mine.c.id, yields.c.keeper_id == other.c.id),
+            sa.and_(yields.c.task_id == other.c.id, yields.c.keeper_id == mine.c.id),
+        )
+        query = (
+            sa.select(other.c.id, other.c.name)
+            .distinct()
+            .select_from(
+                mine.join(models, models.c.id == mine.c.model_id)
+                .join(compositions, compositions.c.model_id == models.c.id)
+                .join(memberships, memberships.c.composition_id == compositions.c.id)
+                .join(other, sa.and_(other.c.id == memberships.c.task_id, other.c.variant != mine.c.variant))
+                .join(first, first.c.task_id == mine.c.id)
+                .join(second, sa.and_(second.c.task_id == other.c.id, second.c.matrix_id == first.c.matrix_id))
+            )
+            .where(
+                models.c.name == model,
+                mine.c.name == task,
+                compositions.c.name == composition,
+                ~sa.exists().where(between),
+            )
+            .order_by(other.c.id)
+        )
+        return tuple(name for _, name in self._connection.execute(query))
+
+    def events(self) -> list[Event]:
+        """The history of the store, oldest first."""
+        columns = [column for column in events.c if column.name != "id"]
+        rows = self._connection.execute(sa.select(*columns).order_by(events.c.id))
+        return [
+            Event(at, actor, action, model, composition, task, json.loads(detail))
+            for at, actor, action, model, composition, task, detail in rows
+        ]
+
+    def named(self, geometry: Geometry) -> Geometry:
+        """A geometry with the modules called as the registry calls them, if it knows the model; else as it is.
+
+        Of one model, copies differ in the leading parts of the names: "h.0.attn.c_attn", "transformer.h.0.attn.c_attn".
+
+        Raises:
+            RegistryError: the name stands for a model with other matrices.
+        """
+        query = sa.select(models.c.geometry_digest).where(models.c.name == geometry.model)
+        known = self._connection.execute(query).scalar_one_or_none()
+        if known is None:
+            return geometry
+        if known == geometry.digest:
+            # The digest has the matrices in this order, so that the two lists match one by one.
+            modules = self.shapes(geometry.model)
+            if list(modules) == [matrix.module for matrix in geometry.matrices]:
+                return geometry
+            pairs = zip(geometry.matrices, modules, strict=True)
+            return replace(geometry, matrices=tuple(replace(matrix, module=module) for matrix, module in pairs))
+        raise RegistryError(
+            f"model {geometry.model!r} is registered with other matrices (geometry {known[:12]}, now "
+            f"{geometry.digest[:12]}): give this one another name, or use another registry"
+        )
+
+    def _load(self, *where: sa.ColumnElement[bool]) -> list[TaskClaims]:
+        heads = self._connection.execute(
+            sa.select(
+                tasks.c.id,
+                models.c.name,
+                models.c.geometry_digest,
+                compositions.c.name,
+                tasks.c.name,
+                tasks.c.variant,
+                tasks.c.rank,
+                tasks.c.stage,
+            )
+            .select_from(joined())
+            .where(tasks.c.role == "task", *where)
+            .order_by(memberships.c.id)
+        ).all()
+        if not heads:
+            return []
+        model = heads[0][1]
+        names = self._modules(model)
+        variants: dict[int, Variant] = {head[0]: head[5] for head in heads}
+        keepers: dict[int, list[int]] = {}
+        pairs = sa.select(yields).where(yields.c.task_id.in_(list(variants))).order_by(yields.c.keeper_id)
+        for task_id, keeper_id in self._connection.execute(pairs):
+            keepers.setdefault(task_id, []).append(keeper_id)
+        kept: dict[int, dict[int, bytes]] = {}
+        for keeper_id, matrix_id, indices in self._regions({k for found in keepers.values() for k in found}):
+            kept.setdefault(keeper_id, {})[matrix_id] = indices
+        held: dict[int, dict[str, Region]] = {task_id: {} for task_id in variants}
+        for task_id, matrix_id, indices in self._regions(variants):
+            crossed = b"".join(kept[k].get(matrix_id, b"") for k in keepers.get(task_id, ()) if k in kept)
+            excluded = tuple(np.unique(np.frombuffer(crossed, STORED)).tolist()) if crossed else ()
+            held[task_id][names[matrix_id]] = Region(variants[task_id], unpack(indices), excluded)
+        return [
+            TaskClaims(model, digest, composition, task, variant, rank, held[task_id], stage)
+            for task_id, model, digest, composition, task, variant, rank, stage in heads
+        ]
+
+    def _regions(self, holders: Collection[int]) -> list[tuple[int, int, bytes]]:
+        """Rows of `regions`: (task id, matrix id, packed indices)."""
+        query = sa.select(regions).where(regions.c.task_id.in_(list(holders)))
+        rows = self._connection.execute(query.order_by(regions.c.task_id, regions.c.matrix_id)).all()
+        return cast("list[tuple[int, int, bytes]]", rows)
+
+    def _model(self, name: str) -> int:
+        found = self._connection.execute(sa.select(models.c.id).where(models.c.name == name)).scalar_one_or_none()
+        if found is None:
+            raise RegistryError(f"model {name!r} is not in the registry: run multisbora allocate first")
+        return int(found)
+
+    def _task(self, model: str, name: str) -> int:
+        query = sa.select(tasks.c.id).join(models, models.c.id == tasks.c.model_id)
+        query = query.where(models.c.name == model, tasks.c.name == name, tasks.c.role == "task")
+        found = self._connection.execute(query).scalar_one_or_none()
+        if found is None:
+            raise RegistryError(f"task {name!r} has no claims on {model}: run multisbora allocate --tasks {name}")
+        return int(found)
+
+    def _modules(self, model: str) -> dict[int, str]:
+        query = sa.select(matrices.c.id, matrices.c.module).join(models).where(models.c.name == model)
+        return {matrix_id: module for matrix_id, module in self._connection.execute(query)}
+
+    def _find(self, table: sa.Table, model_id: int, name: str) -> int | None:
+        query = sa.select(table.c.id).where(table.c.model_id == model_id, table.c.name == name)
+        return self._connection.execute(query).scalar_one_or_none()
+
+
+def joined() -> sa.Join:
+    """Memberships with their task, composition and model."""
+    return (
+        memberships.join(tasks, memberships.c.task_id == tasks.c.id)
+        .join(compositions, memberships.c.composition_id == compositions.c.id)
+        .join(models, tasks.c.model_id == models.c.id)
+    )
+
+
+def unpack(stored: bytes) -> tuple[int, ...]:
+    """Indices as `regions` holds them."""
+    return tuple(np.frombuffer(stored, STORED).tolist())
