@@ -103,7 +103,9 @@ def allocate(
             for claim in claims.values():
                 _check_same(claim, variant, rank, wanted)
         among = {name for names in wanted_in.values() for name in names} | {c for cs in held.values() for c in cs}
-        plan = _Plan(ledger, geometry, seed, ledger.holdings(geometry.model, among))
+        # A task that is moved out of the way meets others in compositions that nobody asked about.
+        holdings = ledger.holdings(geometry.model, None if reallocate else among)
+        plan = _Plan(ledger, geometry, seed, holdings)
         for task, names in wanted_in.items():
             if not held[task]:
                 plan.new.append(_New(task, variant, rank, wanted, tuple(names)))
@@ -112,7 +114,7 @@ def allocate(
         moved = tuple(new.task for new in plan.new if new.moved)
         written = plan.write()
         found = {
-            task: written[task] if task in written else replace(next(iter(held[task].values())), composition=names[0])
+            task: replace(written.get(task) or next(iter(held[task].values())), composition=names[0])
             for task, names in wanted_in.items()
         }
         asked = dict.fromkeys(name for names in wanted_in.values() for name in names)
@@ -202,8 +204,10 @@ class _Plan:
     def write(self) -> dict[str, TaskClaims]:
         """Draw for the new tasks, and write them; returns their claims. `holdings` has them from then on."""
         written: dict[str, TaskClaims] = {}
-        drawn = self._draw(self._order())
-        for new in self.new:
+        order = self._order()
+        drawn = self._draw(order)
+        # The order of writing is that of the members, as asked for; between variants it also says who yields.
+        for new in order if len({new.variant for new in order}) > 1 else self.new:
             indices = drawn[new.task]
             claims = TaskClaims(
                 model=self.geometry.model,
@@ -241,9 +245,9 @@ class _Plan:
                 taken = taken_of(own, matrix, axis)
                 if is_crossed(other, matrix, 1 - axis):
                     raise AllocationError(
-                        f"{matrix.module}: other tasks own all of its {matrix.shape[1 - axis]} {AXES[1 - axis]}, so "
-                        f"{new.variant} {AXES[axis]} of task {new.task!r} would have no cell left: use the other "
-                        "variant, or another composition"
+                        f"{matrix.module}: all of its {matrix.shape[1 - axis]} {AXES[1 - axis]} are other tasks' or "
+                        f"protected, so {new.variant} {AXES[axis]} of task {new.task!r} would have no cell left: use "
+                        "the other variant, or another composition"
                     )
                 if np.count_nonzero(~taken) < rank:
                     raise AllocationError(self._full(new, matrix, rank, taken, order))
@@ -276,10 +280,9 @@ class _Plan:
         advice = f"lower the rank, use {other}, or another composition"
         if need > size - protected:
             shown = ", ".join(f"{name} {weights[name]}" for name in names[:6]) + (", ..." if len(names) > 6 else "")
-            return (
-                f"{matrix.module} has {size - protected} {AXES[axis]} to give{kept}, and {len(names)} tasks that all "
-                f"meet each other need {need} ({shown}): {advice}"
-            )
+            who = f"{len(names)} tasks that all meet each other need" if len(names) > 1 else "the task needs"
+            given = f"{matrix.module} has {size - protected} {AXES[axis]} to give{kept}"
+            return f"{given}, and {who} {need} ({shown}): {advice}"
         held = int(np.count_nonzero(taken))
         return (
             f"{matrix.module} has {size} {AXES[axis]}, {held} are claimed by tasks that {new.task!r} meets, and it "
@@ -332,6 +335,7 @@ def _wanted_compositions(
     found: dict[str, tuple[str, ...]] = {name: () for name in names}
     for where, members in given.items():
         check_name(where, "composition")
+        members = [members] if isinstance(members, str) else list(members)
         for task in members:
             check_name(task)
             found[task] = (*found.get(task, ()), where)
@@ -379,7 +383,7 @@ def _conflict(
     """The line that names both tasks, the matrices, and the way out."""
     other, modules = next(iter(in_the_way.items()))
     shown = ", ".join(modules[:3]) + (", ..." if len(modules) > 3 else "")
-    more = f", and {len(in_the_way) - 1} more tasks do" if len(in_the_way) > 1 else ""
+    more = f", and {len(in_the_way) - 1} more of its tasks are in the way" if len(in_the_way) > 1 else ""
     crosses = next(h for h in others if h.task == other).variant != mine.variant
     how = "crosses it, and neither yields," if crosses else "owns the same cells"
     problem = (

@@ -43,7 +43,7 @@ def history(
     events = lifecycle.history(Project.load(), task)
     rows: list[tuple[object, ...]] = [("at", "who", "action", "task", "composition", "detail")]
     for event in events:
-        detail = " ".join(f"{key}={_short(value)}" for key, value in event.detail.items())
+        detail = " ".join(f"{_short(key)}={_short(value)}" for key, value in event.detail.items())
         rows.append((event.at, event.actor, event.action, event.task or "-", event.composition or "-", detail))
     keys = ("at", "actor", "action", "model", "composition", "task", "detail")
     show([{key: getattr(event, key) for key in keys} for event in events], as_json, table(rows))
@@ -138,7 +138,8 @@ def _channels(text: str | None, flag: str) -> list[int]:
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 16 else text[:12] + "..."
+    text = text if len(text) <= 16 else text[:12] + "..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # a file's text must not steer a terminal
 
 
 def _count(value: Any) -> int:

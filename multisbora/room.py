@@ -52,10 +52,14 @@ class Room:
     def reason(self) -> str:
         """Why no more than `more_tasks` fit, in one line."""
         if self.crossed:
-            return f"tasks of the other variant own every cell of {self.module}"
-        held = f"{self.size - self.free} of its {self.size} {self.axis} are held"
-        kept = f", {self.protected} of them protected" if self.protected else ""
-        return f"{self.module} decides: {held} by {len(self.holders)} tasks that all meet{kept}; {self.free} are free"
+            return f"every cell of {self.module} is a task's of the other variant, or protected"
+        if len(self.holders) == 1:
+            by = f"by task {next(iter(self.holders))}"
+        else:
+            by = f"by {len(self.holders)} tasks that all meet" if self.holders else "by no task"
+        kept = f", {self.protected} are protected" if self.protected else ""
+        held = self.size - self.free - self.protected
+        return f"{self.module} decides: {held} of its {self.size} {self.axis} are held {by}{kept}; {self.free} are free"
 
     def to_json(self) -> dict[str, Any]:
         return {

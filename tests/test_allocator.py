@@ -534,7 +534,9 @@ def test_what_is_owned_cannot_be_protected(registry: Registry) -> None:
     held = give(registry, "a", target_modules=["q_proj"]).tasks["a"].regions["model.layers.0.q_proj"].indices
     free = next(index for index in range(32) if index not in held)
     for axis, index in (("columns", held[0]), ("rows", 0)):  # one of its columns; any row, which its columns cross
-        with pytest.raises(AllocationError, match=r"first 'a' in model\.layers\.0\.q_proj: protect channels before"):
+        with pytest.raises(
+            AllocationError, match=r"held or crossed by a, first a in model\.layers\.0\.q_proj: protect channels before"
+        ):
             registry.protect(GEOMETRY, **{axis: {"model.layers.0.q_proj": [index]}})
     for channels, message in [
         ({"model.layers.0.q_proj": [32]}, "has 32 columns, numbered from 0: 32 is none"),
@@ -555,3 +557,37 @@ def test_protected_rows_and_columns_cross(registry: Registry) -> None:
     rows = give(registry, "rows", variant="fb", target_modules=["q_proj"]).tasks["rows"].regions[q]
     assert 5 not in columns.indices and columns.excluded == (2,)
     assert 2 not in rows.indices and rows.excluded == tuple(sorted({5, *columns.indices}))
+
+
+def test_a_task_moved_away_meets_nobody_in_its_other_compositions(registry: Registry) -> None:
+    """Nobody asked about those, and one order of channels makes a clash there all but certain."""
+    options: dict[str, Any] = {"target_modules": ["q_proj"]}
+    give(registry, "bystander", composition="other", **options)
+    allocate_all(registry, {"mine": ["away"], "other": ["away"]})
+    trained = give(registry, "filler", "rival", composition="apart", **options).tasks["rival"]
+    registry.mark(trained, "trained")
+    away = registry.task("tiny", "away", "mine")
+    assert away.regions == trained.regions  # so it is in the way
+    found = give(registry, "rival", composition="mine", reallocate=True, **options)
+    assert found.moved == ("away",) and found.tasks["rival"].composition == "mine"
+    assert found.tasks["rival"].regions == trained.regions
+    assert registry.compositions("tiny") == {
+        **{"apart": ("filler", "rival"), "mine": ("rival", "away")},
+        "other": ("bystander", "away"),
+    }
+    for name in registry.compositions("tiny"):
+        assert_disjoint(registry.claims("tiny", name))
+
+
+def test_plain_text_is_one_task(registry: Registry) -> None:
+    assert list(allocate_all(registry, {"all": "math"}).tasks) == ["math"]  # type: ignore[dict-item]
+
+
+def test_protection_under_two_spellings_and_of_a_whole_axis(registry: Registry) -> None:
+    found = registry.protect(GEOMETRY, columns={"model.layers.0.q_proj": [1, 2], "layers.0.q_proj": [5]})
+    assert found["columns"] == {"model.layers.0.q_proj": (1, 2, 5)}
+    registry.protect(GEOMETRY, columns={"model.layers.0.q_proj": range(32)})
+    with pytest.raises(AllocationError, match=r"has 0 columns to give \(32 more are protected\), and the task needs 4"):
+        give(registry, "a", target_modules=["q_proj"])
+    with pytest.raises(AllocationError, match="all of its 32 columns are other tasks' or protected"):
+        give(registry, "a", variant="fb", target_modules=["q_proj"])

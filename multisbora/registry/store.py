@@ -13,7 +13,7 @@ from types import TracebackType
 import sqlalchemy as sa
 
 from ..errors import AllocationError, RegistryError, UsageError
-from ..geometry import Geometry
+from ..geometry import Geometry, Matrix
 from ..region import own_axis
 from .claims import Event, TaskClaims, check_name
 from .database import Database
@@ -229,7 +229,9 @@ class Registry:
         with self.transaction(dry_run=dry_run) as ledger:
             geometry = ledger.register(geometry)
             for axis, given in enumerate((rows or {}, columns or {})):
-                matrices = {geometry.find(module): indices for module, indices in given.items()}
+                matrices: dict[Matrix, list[int]] = {}
+                for module, indices in given.items():  # the same matrix may be there under two spellings
+                    matrices.setdefault(geometry.find(module), []).extend(indices)
                 for matrix, indices in matrices.items():
                     outside = [i for i in indices if type(i) is not int or not 0 <= i < matrix.shape[axis]]
                     if outside:
@@ -280,6 +282,6 @@ def _refuse_owned(holdings: Sequence[Holding], axis: int, channels: Mapping[str,
     if owners:
         task, modules = next(iter(owners.items()))
         raise AllocationError(
-            f"{len(owners)} tasks own cells of these {AXES[axis]}, first {task!r} in {min(modules)}: protect channels "
-            "before allocating, or release those tasks first"
+            f"these {AXES[axis]} are held or crossed by {', '.join(list(owners)[:5])}, first {task} in {min(modules)}: "
+            "protect channels before allocating, or release those tasks first"
         )
