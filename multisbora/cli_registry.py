@@ -58,7 +58,7 @@ def export(
     from . import lifecycle
     from .project import Project
 
-    text = lifecycle.export(Project.load(), None if dry_run else output)
+    text = lifecycle.export(Project.load(), output, dry_run)
     if output is None:
         print(text, end="")
     else:
@@ -93,7 +93,9 @@ def rename(
     from .project import Project
 
     lifecycle.rename(Project.load(), task, to, force=force, dry_run=dry_run)
-    show({"task": task, "to": to}, as_json, [f"{'would rename' if dry_run else 'renamed'} {task} to {to}"])
+    verb = "would rename" if dry_run else "renamed"
+    recipe = f"its recipe, if it has one of its own, is renamed by hand: tasks/{task}.yaml to tasks/{to}.yaml"
+    show({"task": task, "to": to, "dry_run": dry_run}, as_json, [f"{verb} {task} to {to}", recipe])
 
 
 @registry_app.command()

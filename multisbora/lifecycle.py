@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +18,7 @@ from .recipe import load
 from .region import own_axis
 from .registry import AXES, Registry
 from .registry.claims import Event, TaskClaims, check_name
+from .registry.ledger import Ledger
 from .room import Room, find_rooms
 from .settings import load_yaml
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from .registry.snapshot import Imported
 
 Say = Callable[[str], None]
+_RENAMED_FROM = ".renamed_from"  # in an adapter folder whose task is being renamed
 Result = TypeVar("Result")
 
 
@@ -42,11 +45,10 @@ def required(project: Project, task: str | None = None) -> Registry:
     Raises:
         RegistryError: nothing was ever allocated.
     """
-    registry = existing(project)
-    if registry is None:
-        which = f"task {task} holds no claims" if task else "no task holds claims"
-        raise RegistryError(f"{which}, registry {project.registry} is not there: `multisbora allocate --tasks ...`")
-    return registry
+    try:
+        return Registry.open(project.registry, create=False)
+    except MissingRegistryError as error:
+        raise RegistryError(f"task {task} holds no claims: {error}" if task else str(error)) from None
 
 
 def resolve_targets(project: Project, tasks: Sequence[str], targets: Any) -> Any:
@@ -151,19 +153,21 @@ def release(project: Project, task: str, force: bool, dry_run: bool) -> None:
     """Give back what a task holds in the project's composition.
 
     Raises:
-        RegistryError: it holds nothing there; or, unless `force`, it is being trained, or a merged checkpoint in the
-            project depends on its claims.
+        RegistryError: it holds nothing there; or, unless `force`, it is being trained, or a merged checkpoint depends
+            on its claims.
     """
-    with required(project, task) as registry:
-        held = registry.task(project.model_name, task, project.composition)
-        if not force:
-            _refuse_dependents(held, "release it")
-            if held.stage == "training":
-                raise RegistryError(
-                    f"task {task} is being trained (see `multisbora registry history`): wait for it, or give its "
-                    "claims back all the same with --force"
-                )
-        registry.release(project.model_name, task, project.composition, dry_run=dry_run)
+    model, composition = project.model_name, project.composition
+    with required(project, task) as registry, registry.transaction(dry_run=dry_run) as ledger:
+        held = ledger.memberships(model, task)
+        if held and composition not in held:
+            raise RegistryError(
+                f"task {task} holds nothing in composition {composition}, but in {', '.join(held)}: "
+                f"name one with --composition {next(iter(held))}"
+            )
+        if held and not force:
+            _refuse_training(held[composition], "give its claims back")
+            _refuse_dependents(ledger, held[composition], composition, "release it")
+        ledger.release(model, task, composition)
 
 
 def rename(project: Project, task: str, name: str, force: bool, dry_run: bool) -> None:
@@ -172,25 +176,42 @@ def rename(project: Project, task: str, name: str, force: bool, dry_run: bool) -
     Killed half-way, the same call again finishes it.
 
     Raises:
-        RegistryError: it holds nothing, the name is taken; or, unless `force`, a merged checkpoint in the project names
-            it.
-        AdapterError: its run is not finished, or another adapter is in the way.
+        RegistryError: it holds nothing, the name is taken; or, unless `force`, it is being trained, or a merged
+            checkpoint names it.
+        AdapterError: its adapter is damaged, its run is not finished, or another adapter is in the way.
     """
     check_name(name)
     old, new = project.adapter(task), project.adapter(name)
     run = old.with_name(f"{old.name}.run")
     if run.exists():
         raise AdapterError(f"{run} is a run that is not finished: finish it with `multisbora train`, or delete it")
-    with required(project, task) as registry, registry.transaction(dry_run=dry_run) as ledger:
-        held = next(iter(ledger.memberships(project.model_name, task).values()), None)
-        if held is not None and not force:
-            _refuse_dependents(held, "rename it")
-        ledger.rename(project.model_name, task, name)
-        if new.exists() and (old.exists() or held is None or Adapter.read(new).claim_digest != held.digest):
+    with required(project, task) as registry:
+        with registry.transaction(dry_run=dry_run) as ledger:
+            held = next(iter(ledger.memberships(project.model_name, task).values()), None)
+            if held is not None and not force:
+                _refuse_training(held, "rename it")
+                _refuse_dependents(ledger, held, None, "rename it")
+            ledger.rename(project.model_name, task, name)
+            _move_adapter(old, new, dry_run)
+        if not dry_run:
+            (new / _RENAMED_FROM).unlink(missing_ok=True)
+
+
+def _move_adapter(old: Path, new: Path, dry_run: bool) -> None:
+    """Move an adapter to its task's new name. A mark in it says from where, until the registry knows as well."""
+    mark = new / _RENAMED_FROM
+    if new.exists():
+        was_cut_short = mark.is_file() and mark.read_text(encoding="utf-8") == old.name
+        if old.exists() or not was_cut_short:
             raise AdapterError(f"{new} is in the way: move or delete it first")
-        if old.is_dir() and not dry_run:
-            _write_task(old, name)
-            old.rename(new)
+        return
+    if not old.is_dir():
+        return
+    Adapter.read(old)
+    if not dry_run:
+        (old / _RENAMED_FROM).write_text(old.name, encoding="utf-8")
+        _write_task(old, new.name)
+        old.rename(new)
 
 
 def protect(
@@ -233,11 +254,11 @@ def check(project: Project) -> tuple[str, Audit]:
         return registry.where, check(registry)
 
 
-def export(project: Project, output: Path | None) -> str:
+def export(project: Project, output: Path | None, dry_run: bool = False) -> str:
     """The whole registry as one JSON text, written to a file if one is given.
 
     Raises:
-        UsageError: the file's folder does not exist.
+        UsageError: the file cannot be there.
     """
     from .registry import snapshot
 
@@ -246,6 +267,10 @@ def export(project: Project, output: Path | None) -> str:
     if output is not None:
         if not output.parent.is_dir():
             raise UsageError(f"{output.parent} is not a folder: make it first")
+        if output.is_dir():
+            raise UsageError(f"{output} is a folder: name a file in it")
+        if dry_run:
+            return text
         partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
         try:
             partial.write_text(text, encoding="utf-8")
@@ -269,24 +294,53 @@ def import_(project: Project, path: Path, dry_run: bool) -> Imported:
 
 
 def history(project: Project, task: str | None) -> list[Event]:
-    """What happened to the model's claims, oldest first; of one task, if one is named."""
+    """What happened to the model's claims, oldest first; of one task under all of its names, if one is named.
+
+    Raises:
+        RegistryError: nothing ever happened to a task of that name.
+    """
     with required(project) as registry:
-        found = registry.events()
-    mine = [event for event in found if event.model == project.model_name]
-    return [event for event in mine if task is None or task in (event.task, event.detail.get("to"))]
+        found = [event for event in registry.events() if event.model == project.model_name]
+    if task is None:
+        return found
+    names = _names(found, task)
+    mine = [e for e in found if e.task in names or not names.isdisjoint(e.detail.get("weights", ()))]
+    if not mine:
+        raise RegistryError(f"nothing ever happened to a task {task!r} of {project.model_name}: see registry history")
+    return mine
 
 
-def dependents(held: TaskClaims, folder: Path = Path()) -> list[Path]:
-    """Merged checkpoints at most two levels below a folder that were made with an adapter of these claims."""
-    found = []
-    for receipt in sorted([*folder.glob(f"*/{RECEIPT_FILE}"), *folder.glob(f"*/*/{RECEIPT_FILE}")]):
+def dependents(events: Sequence[Event], held: TaskClaims, folder: Path = Path()) -> dict[Path, tuple[str, ...]]:
+    """Merged checkpoints that were made with an adapter of these claims: folder -> their tasks.
+
+    Looks at most two levels below a folder, and wherever the history has a merge of this machine.
+    """
+    receipts = {path.resolve() for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/{RECEIPT_FILE}")}
+    for event in events:
+        if event.action == "merge" and event.detail.get("host") == socket.gethostname():
+            receipts.add(Path(str(event.detail.get("output"))) / RECEIPT_FILE)
+    names = _names([event for event in events if event.model == held.model], held.task)
+    found = {}
+    for receipt in sorted(receipts):
         try:
             tasks = json.loads(receipt.read_bytes())["tasks"]
-            if tasks.get(held.task, {}).get("claim_digest") == held.digest:
-                found.append(receipt.parent)
+            if any(tasks[name]["claim_digest"] == held.digest for name in names & set(tasks)):
+                found[receipt.parent] = tuple(tasks)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # not a receipt that anything can depend on; `multisbora verify` says what is wrong with it
     return found
+
+
+def _names(events: Sequence[Event], task: str) -> set[str]:
+    """Every name that a task has had."""
+    names = {task}
+    for event in reversed(events):
+        if event.action == "rename" and event.detail.get("to") in names and event.task is not None:
+            names.add(event.task)
+    for event in events:
+        if event.action == "rename" and event.task in names:
+            names.add(str(event.detail.get("to")))
+    return names
 
 
 def _write(project: Project, dry_run: bool, what: Callable[[Registry], Result]) -> Result:
@@ -302,11 +356,24 @@ def _write(project: Project, dry_run: bool, what: Callable[[Registry], Result]) 
         return what(registry)
 
 
-def _refuse_dependents(held: TaskClaims, verb: str) -> None:
-    merged = dependents(held)
-    if merged:
+def _refuse_training(held: TaskClaims, verb: str) -> None:
+    if held.stage == "training":
         raise RegistryError(
-            f"the merged checkpoint {merged[0]} depends on task {held.task}"
+            f"task {held.task} is being trained (see `multisbora registry history`): wait for it, or {verb} all the "
+            "same with --force"
+        )
+
+
+def _refuse_dependents(ledger: Ledger, held: TaskClaims, leaving: str | None, verb: str) -> None:
+    """Refuse what would leave a merged checkpoint without its claims; `leaving` one composition may leave another that
+    allows the same merge."""
+    stays = [set(members) for name, members in ledger.compositions(held.model).items() if name != leaving]
+    found = dependents(ledger.events(), held)
+    merged = [path for path, tasks in found.items() if leaving is None or not any(set(tasks) <= all_ for all_ in stays)]
+    if merged:
+        path = min(os.path.relpath(merged[0]), str(merged[0]), key=len)
+        raise RegistryError(
+            f"the merged checkpoint {path} depends on task {held.task}"
             + (f", and so do {len(merged) - 1} more" if len(merged) > 1 else "")
             + f": delete or merge it anew without the task first, or {verb} all the same with --force"
         )

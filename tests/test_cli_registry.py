@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ from commands import Run, assert_refused
 
 from multisbora.adapter import Adapter
 from multisbora.errors import RegistryError
+from multisbora.project import Project
 from multisbora.registry import Registry
 
 STORE = "sqlite:///registry/registry.db"
@@ -129,10 +132,15 @@ def test_history_says_who_did_what(trained: Path, run: Run) -> None:
         *("register", "allocate", "allocate"),
         *("training", "trained", "training", "trained", "merge"),
     ]
-    assert events[-1]["detail"] == {"output": "merged", "weights": {"adding": 1.0, "doubling": 1.0}}
+    assert events[-1]["detail"] == {
+        "output": str(trained / "merged"),
+        "host": socket.gethostname(),
+        "weights": {"adding": 1.0, "doubling": 1.0},
+    }
     assert events[4]["detail"]["adapter_digest"] == Adapter.read("adapters/adding").digest
     mine = run("registry", "history", "--task", "doubling").out.splitlines()
-    assert len(mine) == 4 and all("doubling" in line for line in mine[1:])
+    assert len(mine) == 5 and all("doubling" in line for line in mine[1:-1]) and "merge" in mine[-1]
+    assert_refused(run("registry", "history", "--task", "doublin"), 1, "nothing ever happened to a task 'doublin'")
 
 
 def test_stages_are_everybody_s(trained: Path, run: Run) -> None:
@@ -196,15 +204,80 @@ def test_rename_takes_the_adapter_along(trained: Path, run: Run) -> None:
 def test_a_rename_that_was_cut_short_is_finished_by_the_next(
     trained: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from multisbora.registry.ledger import Ledger
+    from multisbora import lifecycle
 
-    rename = Ledger.rename
-    monkeypatch.setattr(Ledger, "rename", lambda *_: None)  # the files move, then the machine stops before the commit
-    assert run("registry", "rename", "--task", "adding", "--to", "sums").code == 0
-    monkeypatch.setattr(Ledger, "rename", rename)
+    move = lifecycle._move_adapter
+
+    def move_and_die(*arguments: Any) -> None:
+        move(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lifecycle, "_move_adapter", move_and_die)  # the machine stops before the commit
+    with pytest.raises(KeyboardInterrupt):
+        lifecycle.rename(Project.load(), "adding", "sums", force=False, dry_run=False)
+    monkeypatch.undo()
+    monkeypatch.chdir(trained)
     assert run("status", "--json").json["tasks"]["adding"]["adapter"] == "not trained"
+    assert_refused(run("registry", "rename", "--task", "doubling", "--to", "sums"), 1, "adapters/sums is in the way")
     assert run("registry", "rename", "--task", "adding", "--to", "sums").code == 0
     assert run("status", "--json").json["tasks"]["sums"]["adapter"] == "trained"
+    assert sorted(path.name for path in Path("adapters/sums").iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_stranger_s_adapter_is_never_taken_for_one_s_own(project: Path, run: Run) -> None:
+    """Tasks that never meet hold the same indices, so nothing but the name tells their adapters apart."""
+    Path("groups.yaml").write_text("one: [adding]\ntwo: [doubling]\n")
+    assert run("allocate", "--compositions", "groups.yaml").code == 0
+    assert run("train", "--task", "adding").code == 0
+    assert run("release", "--task", "adding", "--composition", "one").code == 0
+    assert_refused(run("registry", "rename", "--task", "doubling", "--to", "adding"), 1, "is in the way")
+    assert run("status", "--composition", "two", "--json").json["tasks"]["doubling"]["adapter"] == "not trained"
+
+
+def test_training_needs_no_composition(project: Path, run: Run) -> None:
+    Path("groups.yaml").write_text("one: [adding]\ntwo: [adding, doubling]\n")
+    assert run("allocate", "--compositions", "groups.yaml").code == 0
+    assert run("train", "--task", "adding").code == 0
+    assert set(run("registry", "history", "--task", "adding", "--json").json[-1]) >= {"composition"}
+    assert "default" not in run("status", "--json").json["compositions"]
+    assert_refused(run("merge", "--output", "merged"), 2, "name one of one, two with --composition")
+    assert_refused(
+        run("release", "--task", "adding"),
+        1,
+        "but in one, two: name one with --composition one",
+    )
+
+
+def test_a_task_in_training_is_not_renamed(project: Path, run: Run) -> None:
+    assert run("allocate", "--tasks", "adding").code == 0
+    with Registry.open(STORE) as registry:
+        registry.mark(registry.task(model(project), "adding"), "training")
+    assert_refused(run("registry", "rename", "--task", "adding", "--to", "sums"), 1, "is being trained", "--force")
+
+
+def test_a_damaged_adapter_is_not_renamed(trained: Path, run: Run) -> None:
+    Path("adapters/adding/adapter_config.json").write_text("{")
+    for arguments in ((), ("--dry-run",)):
+        assert_refused(
+            run("registry", "rename", "--task", "adding", "--to", "sums", *arguments), 1, "adapter_config.json"
+        )
+    assert "adding" in run("status", "--json").json["tasks"]
+
+
+def test_dependence_outlives_a_rename_and_leaves_the_folder(trained: Path, run: Run, tmp_path: Path) -> None:
+    assert run("merge", "--output", str(tmp_path / "far" / "away" / "merged")).code == 0
+    assert_refused(run("release", "--task", "adding"), 1, "far/away/merged depends on task adding")
+    assert run("registry", "rename", "--task", "adding", "--to", "sums", "--force").code == 0
+    assert_refused(run("release", "--task", "sums"), 1, "far/away/merged depends on task sums")
+    names = [event["task"] for event in run("registry", "history", "--task", "sums", "--json").json]
+    assert "adding" in names
+
+
+def test_a_composition_that_the_merge_does_not_need_can_be_left(trained: Path, run: Run) -> None:
+    assert run("merge", "--output", "merged").code == 0
+    assert run("allocate", "--tasks", "adding", "--composition", "other").code == 0
+    assert run("release", "--task", "adding", "--composition", "other").code == 0
+    assert_refused(run("release", "--task", "adding"), 1, "merged depends on task adding")
 
 
 def test_a_rename_does_not_write_over_anything(trained: Path, run: Run) -> None:
@@ -284,9 +357,9 @@ def test_review_in_git(trained: Path, run: Run) -> None:
 def test_a_project_on_a_server(project: Path, run: Run, postgresql_url: str) -> None:
     text = Path("multisbora.yaml").read_text()
     Path("multisbora.yaml").write_text(f"{text}registry: {postgresql_url}\n")
-    assert_refused(run("release", "--task", "adding"), 1, "is not there: `multisbora allocate")
+    assert_refused(run("release", "--task", "adding"), 1, "is empty: run multisbora allocate first")
     assert run("plan").code == 0 and run("status").code == 0  # on an empty database, and make nothing there
-    assert_refused(run("registry", "check"), 1, "is not there")
+    assert_refused(run("registry", "check"), 1, "is empty: run multisbora allocate first")
     assert run("allocate", "--tasks", "adding,doubling").code == 0
     assert run("registry", "check").code == 0
     assert run("train", "--task", "adding").code == 0

@@ -105,15 +105,19 @@ class Registry:
         Raises:
             RegistryError: it has none in this composition.
         """
+        found = self.memberships(model, task)
+        if composition in found:
+            return found[composition]
+        advice = f"run multisbora allocate --tasks {task}"
+        if found:
+            known = ", ".join(found)
+            advice = f"it has some in {known}: name one with --composition, or let it join, {advice}"
+        raise RegistryError(f"task {task!r} has no claims on {model} in composition {composition!r}: {advice}")
+
+    def memberships(self, model: str, task: str) -> dict[str, TaskClaims]:
+        """Claims of one task by composition, earliest first. They differ in the composition alone."""
         with self.reading() as ledger:
-            found = ledger.memberships(model, task)
-        if composition not in found:
-            there = f" (it has some in {', '.join(found)})" if found else ""
-            raise RegistryError(
-                f"task {task!r} has no claims on {model} in composition {composition!r}{there}: "
-                f"run multisbora allocate --tasks {task}"
-            )
-        return found[composition]
+            return ledger.memberships(model, task)
 
     def models(self) -> dict[str, str]:
         """Registered models, by name: their geometry digests."""
