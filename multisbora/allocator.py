@@ -150,9 +150,16 @@ def matrix_ranks(
         if ranks[matrix] > matrix.shape[axis]:
             raise UsageError(
                 f"rank {ranks[matrix]} is above the {matrix.shape[axis]} {AXES[axis]} of {matrix.module}: "
-                f"lower it, or give that matrix its own with rank_pattern"
+                "lower it, or leave that matrix out with --targets"
             )
     return ranks
+
+
+def way_out(variant: Variant, fits_other: bool) -> str:
+    """What to do where tasks do not fit. `fits_other`: whether they would as tasks of the other variant."""
+    if not fits_other:
+        return "lower the rank, or use another composition"
+    return f"lower the rank, use {'fb' if variant == 'fa' else 'fa'}, or another composition"
 
 
 @dataclass(frozen=True)
@@ -276,8 +283,7 @@ class _Plan:
             int(np.count_nonzero(taken_of(held_on(self._protections(), axis), matrix, axis))),
         )
         kept = f" ({protected} more are protected)" if protected else ""
-        other = "fb" if new.variant == "fa" else "fa"
-        advice = f"lower the rank, use {other}, or another composition"
+        advice = way_out(new.variant, self._fits_other(new, order))
         if need > size - protected:
             shown = ", ".join(f"{name} {weights[name]}" for name in names[:6]) + (", ..." if len(names) > 6 else "")
             who = f"{len(names)} tasks that all meet each other need" if len(names) > 1 else "the task needs"
@@ -288,6 +294,18 @@ class _Plan:
             f"{matrix.module} has {size} {AXES[axis]}, {held} are claimed by tasks that {new.task!r} meets, and it "
             f"needs {rank}: no arrangement was found, though no more than {need} are needed by tasks that all meet: "
             f"release and allocate them together, or {advice}"
+        )
+
+    def _fits_other(self, new: _New, order: Sequence[_New]) -> bool:
+        """Whether the other variant has room for a task and, as if all of them met, for those asked for with it."""
+        axis = own_axis(new.variant)
+        near = [h for h in self.holdings if h.task is None or not h.compositions.isdisjoint(new.compositions)]
+        own, other = held_on(near, axis), held_on(near, 1 - axis)
+        return all(
+            sum(each.ranks.get(matrix, 0) for each in order)
+            <= matrix.shape[1 - axis] - np.count_nonzero(taken_of(other, matrix, 1 - axis))
+            and not is_crossed(own, matrix, axis)
+            for matrix in new.ranks
         )
 
     def _protections(self) -> list[Holding]:
@@ -340,8 +358,7 @@ def _wanted_compositions(
             check_name(task)
             found[task] = (*found.get(task, ()), where)
         if len(set(members)) != len(members):
-            shown = f" {where}" if not isinstance(composition, str) else ""
-            raise UsageError(f"a task is named twice{shown} in {', '.join(members)}: name each once")
+            raise UsageError(f"composition {where} names a task twice ({', '.join(members)}): name each once")
     if not found:
         raise UsageError("no task to allocate for: name at least one")
     outside = [task for task, there in found.items() if not there]

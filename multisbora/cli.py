@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -67,6 +68,8 @@ def init(
     from .commands import new_project
 
     project = new_project(model, variant=variant, rank=rank, targets=split_targets(targets))
+    if project.model != model:
+        say(f"{model} is a geometry card, for planning and allocation alone: the project's model is {project.model}")
     if dry_run:
         show(project.model_dump(mode="json"), as_json, project.text().splitlines())
     else:
@@ -120,9 +123,10 @@ def plan(
     project = Project.load_or_default(model=model, variant=variant, rank=rank, composition=composition)
     if batch_size is not None:
         _quiet_libraries()
-    found = plan_tasks(project, split(tasks) or [], split_targets(targets), batch_size, length)
+    found = plan_tasks(project, split(tasks) or [], split_targets(targets), batch_size, length, say)
     show(found.to_json(), as_json, found.lines())
-    found.plan.require_capacity()
+    if found.refusal is not None:
+        raise found.refusal
 
 
 @app.command()
@@ -147,8 +151,10 @@ def allocate(
     from .lifecycle import allocate_tasks, read_compositions
     from .project import Project
 
-    if (tasks is None) == (compositions is None):
+    if tasks is None and compositions is None:
         raise UsageError("name the tasks with --tasks, or tasks and compositions in a file with --compositions")
+    if tasks is not None and compositions is not None:
+        raise UsageError("--tasks names tasks and --compositions a file that names its own: give one of them")
     if composition is not None and compositions is not None:
         raise UsageError("--composition names one composition and --compositions a file of several: give one of them")
 
@@ -177,7 +183,7 @@ def status(composition: Composition = None, as_json: Json = False) -> None:
     rows = [("task", "variant", "rank", "matrices", "stage", "adapter here")]
     rows += [(t, s["variant"], s["rank"], s["matrices"], s["stage"], s["adapter"]) for t, s in found["tasks"].items()]
     others: list[tuple[object, ...]] = [("composition", "tasks", "more that fit")]
-    others += [(name, len(c["tasks"]), c["more_tasks"]) for name, c in found["compositions"].items()]
+    others += [(name, len(c["tasks"]), c["line"]) for name, c in found["compositions"].items()]
     axes = [("kind", "axis", "size", "claimed", "free")]
     axes += [(f["kind"], f["axis"], f["size"], f["claimed"], f["free"]) for f in found["free"]]
     heading = f"{found['model']}, composition {found['composition']}"
@@ -383,6 +389,8 @@ def _weights(given: list[str]) -> dict[str, float]:
 
 def main() -> NoReturn:
     """Run the command line. Errors that have a reason end in one line on stderr and the exit code of their kind."""
+    # The hub's library warns of each of its retries; it reads this when it is imported, which is later, if at all.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         app(prog_name="multisbora")
     except MultisboraError as error:

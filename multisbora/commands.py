@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter
-from .allocator import DEFAULT_TARGETS
+from .allocator import DEFAULT_TARGETS, allocate, matrix_ranks
 from .checkpoint import RECEIPT_FILE, check_output
-from .errors import AdapterError, RegistryError, UsageError, VerificationError
+from .errors import AdapterError, AllocationError, RegistryError, UsageError, VerificationError
 from .lifecycle import existing, required, resolve_targets
 from .memory import Peak, find_config, predict_peak
 from .ownership import Ownership, ownership
@@ -22,7 +23,8 @@ from .plan import METHODS, Plan, plan
 from .project import PROJECT_FILE, Project
 from .recipe import Recipe, load
 from .registry import Registry
-from .room import Room, find_rooms
+from .registry.replay import digests
+from .room import Room, find_rooms, room
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
@@ -34,23 +36,35 @@ Say = Callable[[str], None]
 
 
 def new_project(model: str, **flags: Any) -> Project:
-    """A project for a base model, with targets that the model has: the paper's where it has them, else all linears."""
+    """A project for a base model, with targets that the model has: the paper's where it has them, else all linears.
+
+    A geometry card's name stands for a hub id (`Project.hub_id`), since no weights can be fetched by it.
+
+    Raises:
+        UsageError: values with faults, targets that the model lacks, or a rank above one of its matrices.
+    """
     project = Project.of(model=model, **flags)
+    project = project.model_copy(update={"model": project.hub_id or model})
     geometry = project.outline()
     if flags.get("targets") is None and not set(DEFAULT_TARGETS) <= set(geometry.kinds()):
         project = project.model_copy(update={"targets": "all-linear"})
-    geometry.select(project.targets)
+    matrix_ranks(geometry, variant=project.variant, rank=project.rank, target_modules=project.targets)
     return project
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What `plan` says: costs, predicted peak memory if asked for, what still fits where, and who owns what."""
+    """What `plan` says: costs, predicted peak memory if asked for, what still fits where, and who owns what.
+
+    Attributes:
+        refusal: why the tasks asked about cannot have it so, if they cannot.
+    """
 
     plan: Plan
     peak: Peak | None
     rooms: dict[str, Room]
     ownership: Ownership
+    refusal: AllocationError | None = None
 
     def to_json(self) -> dict[str, Any]:
         peak = {} if self.peak is None else {"peak": self.peak.to_json()}
@@ -60,9 +74,11 @@ class Forecast:
     def lines(self) -> Iterator[str]:
         plan = self.plan
         costs = {method: plan.cost(method) for method in METHODS}
-        figures = {
+        counts = {
             "trainable parameters a task": plan.trainable_parameters,
             "a LoRA of the same rank": plan.lora_parameters,
+        }
+        sizes = {
             "adapter file, bytes": plan.adapter_bytes,
             "gradients, bytes": costs[plan.variant].gradient_bytes,
             "AdamW's state, bytes": costs[plan.variant].optimizer_bytes,
@@ -70,28 +86,37 @@ class Forecast:
         }
         if self.peak is not None:
             parts = {part: n for part, n in self.peak.to_json().items() if part not in ("tokens", "gradients")}
-            figures |= {f"peak memory, {part}": n for part, n in parts.items()}
-        figures["tasks that still fit"] = plan.capacity_tasks
+            sizes |= {f"peak memory, {part}": n for part, n in parts.items()}
+        fit = "room for tasks, before the planned" if plan.tasks else "tasks that still fit"
         yield f"{plan.model}: {plan.variant} rank {plan.rank} on {len(plan.matrices)} matrices"
-        yield from (f"{what:<34}{number:>17,}" for what, number in figures.items())
+        yield from (f"{what:<34}{number:>17,}" for what, number in counts.items())
+        yield from (f"{what:<34}{number:>17,}{_human(number)}" for what, number in sizes.items())
+        yield f"{fit:<34}{plan.capacity_tasks:>17,}"
         yield from (f"{name}: {found.line}" for name, found in self.rooms.items())
         yield ""
         yield from self.ownership.lines()
 
 
 def plan_tasks(
-    project: Project, tasks: Sequence[str], targets: Any, batch_size: int | None = None, length: int | None = None
+    project: Project,
+    tasks: Sequence[str],
+    targets: Any,
+    batch_size: int | None = None,
+    length: int | None = None,
+    say: Say = lambda message: None,
 ) -> Forecast:
     """What tasks would cost and who owns what, with the registry's claims counted where there is a registry.
 
     The peak memory is predicted where `batch_size` (rows of a micro-batch) and `length` (tokens a row) are given, with
-    gradient checkpointing if every task's recipe has it. Writes nothing.
+    gradient checkpointing if every task's recipe has it. Where there is a registry, `allocate` itself is asked whether
+    named tasks can have what the figures say, as a dry run. Writes nothing.
     """
     if (batch_size is None) != (length is None):
         raise UsageError("--batch-size and --length belong together: give rows and tokens a row, or neither")
     geometry = project.outline()
+    target_modules = resolve_targets(project, tasks, targets)
+    refusal: AllocationError | None = None
     registry = existing(project)
-    rooms: dict[str, Room] = {}
     with registry or contextlib.nullcontext():
         geometry = registry.named(geometry) if registry else geometry
         held = registry.claims(project.model_name, project.composition) if registry else {}
@@ -99,16 +124,36 @@ def plan_tasks(
             geometry,
             variant=project.variant,
             rank=project.rank,
-            target_modules=resolve_targets(project, tasks, targets),
+            target_modules=target_modules,
             tasks=len([task for task in tasks if task not in held]) if tasks else 1,
             registry=registry,
             composition=project.composition,
         )
         protected = registry.protected(project.model_name) if registry else {}
         if registry:
-            rooms = find_rooms(registry, project.model_name, found.ranks, project.variant)
+            rooms = find_rooms(registry, project.model_name, found.ranks, project.variant, [project.composition])
+        else:
+            rooms = {project.composition: room([], project.composition, found.ranks, project.variant)}
+        try:
+            if registry and tasks:
+                allocate(
+                    registry,
+                    geometry,
+                    tasks,
+                    variant=project.variant,
+                    rank=project.rank,
+                    composition=project.composition,
+                    target_modules=target_modules,
+                    seed=project.seed,
+                    dry_run=True,
+                )
+            else:
+                found.require_capacity()
+        except AllocationError as error:
+            refusal = error
     peak = None
     if batch_size is not None and length is not None:
+        say("predicting the peak on a model without weights: up to a minute")
         training = [load(task, Path(project.recipes)).training for task in tasks]
         peak = predict_peak(
             find_config(project.model),
@@ -118,16 +163,25 @@ def plan_tasks(
             gradient_checkpointing=bool(training) and all(settings.gradient_checkpointing for settings in training),
             dropout=max((settings.dropout for settings in training), default=0.0),
         )
-    return Forecast(found, peak, rooms, ownership(geometry, held, found, protected))
+    return Forecast(found, peak, rooms, ownership(geometry, held, found, protected), refusal)
+
+
+def _human(size: int) -> str:
+    """Bytes in decimal units, to stand behind their exact number; nothing below a thousand."""
+    unit = next((unit for unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= unit[0]), None)
+    return f"{size / unit[0]:>8.1f} {unit[1]}" if unit else ""
 
 
 def train_task(
     project: Project, task: str, overrides: Sequence[str], dry_run: bool, say: Say, quiet: Callable[[], None]
 ) -> TrainResult:
-    """Train one task on the claims that the registry holds for it."""
+    """Train one task on the claims that the registry holds for it: the same in each of its compositions."""
     recipe = load(task, Path(project.recipes), overrides)
     with required(project, task) as registry:
-        claims = registry.task(project.model_name, task, project.composition)
+        there = registry.memberships(project.model_name, task)
+        elsewhere = next(iter(there), project.composition)
+        composition = project.composition if project.composition in there else elsewhere
+        claims = registry.task(project.model_name, task, composition)
     output = project.adapter(task)
     if output.exists():
         raise AdapterError(f"{output} is there already: move or delete it to train task {task} anew")
@@ -172,10 +226,15 @@ def merge_tasks(
         claims = registry.claims(project.model_name, project.composition)
         chosen = list(tasks or claims)
         if not chosen:
+            others = ", ".join(registry.compositions(project.model_name))
             raise UsageError(
-                f"no task holds claims in composition {project.composition}: `multisbora allocate --tasks ...`"
+                f"no task holds claims in composition {project.composition}: "
+                + (f"name one of {others} with --composition" if others else "`multisbora allocate --tasks ...`")
             )
-        digests = {t: registry.task(project.model_name, t, project.composition).digest for t in chosen}
+        for task in chosen:
+            registry.task(project.model_name, task, project.composition)
+        with registry.reading() as reader:
+            known = {task: digests(reader, project.model_name, task) for task in chosen}
     for task in chosen:
         if not project.adapter(task).is_dir():
             raise AdapterError(
@@ -191,12 +250,16 @@ def merge_tasks(
         weights,
         output=output,
         geometry=project.base_geometry(base),
-        claims=digests,
+        claims=known,
         allow_base_mismatch=allow_base_mismatch,
         dry_run=dry_run,
     )
     if not dry_run:
-        detail = {"output": str(output), "weights": {name: task.weight for name, task in receipt.tasks.items()}}
+        detail = {
+            "output": str(output.resolve()),
+            "host": socket.gethostname(),
+            "weights": {name: task.weight for name, task in receipt.tasks.items()},
+        }
         event = ("merge", project.model_name, project.composition, None, detail)
         _tell(project, say, f"{output} is complete", lambda registry: registry.record(*event))
     return receipt

@@ -60,14 +60,10 @@ def find_base(model: str, say: Callable[[str], None] = lambda message: None) -> 
         UsageError: neither a folder nor a hub id.
         CheckpointError: the model is not on this machine and cannot be fetched.
     """
-    folder = Path(model).expanduser()
-    if model and folder.is_dir():
+    folder = local_folder(model)
+    if folder is not None:
         return folder
-    if model.startswith((".", "/", "~")) or model.count("/") != 1 or folder.exists():
-        raise UsageError(f"base model {model!r} is neither a folder on this machine nor a hub id like owner/name")
-    owner = Path(model.partition("/")[0])
-    if owner.is_dir():  # adapters/mth for adapters/math: nothing that the hub should be asked for
-        raise UsageError(f"{model!r} is no folder, though {str(owner)!r} is one")
+    _check_hub_id(model)
     converted = cache_dir() / model.replace("/", "--")
     if converted.is_dir():
         return converted
@@ -104,19 +100,46 @@ def find_config(model: str) -> Path:
     """The config.json of a model, fetched without its weights where it is on the hub alone.
 
     Raises:
+        UsageError: neither a folder nor a hub id.
         CheckpointError: there is none, or the hub does not give it.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = local_folder(model)
+    if folder is not None:
         return folder / "config.json"
+    _check_hub_id(model)
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(hf_hub_download(model, "config.json", etag_timeout=5))
+    except HFValidationError as error:
+        raise UsageError(f"base model {model!r} is no hub id: {_first_line(error)}") from None
     except Exception as error:
         raise CheckpointError(
             f"config.json of {model} cannot be fetched ({_first_line(error)}): check the name and the network"
         ) from None
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder on this machine that a model's name means, or None where it is no folder's name."""
+    try:
+        folder = Path(model).expanduser()
+    except RuntimeError:  # ~somebody, whom this machine does not know
+        return None
+    return folder if model and folder.is_dir() else None
+
+
+def _check_hub_id(model: str) -> None:
+    """Refuse what nobody should ask the hub for: a path above all.
+
+    Raises:
+        UsageError: it is no hub id.
+    """
+    if model.startswith((".", "/", "~")) or model.count("/") != 1 or Path(model).exists():
+        raise UsageError(f"base model {model!r} is neither a folder on this machine nor a hub id like owner/name")
+    owner = Path(model.partition("/")[0])
+    if owner.is_dir():  # adapters/mth for adapters/math: nothing that the hub should be asked for
+        raise UsageError(f"{model!r} is no folder, though {str(owner)!r} is one")
 
 
 def _download(wheel: Wheel, scratch: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +19,8 @@ from .region import own_axis
 from .registry import AXES, Registry
 from .registry.claims import Event, TaskClaims, check_name
 from .registry.ledger import Ledger
+from .registry.reader import Reader
+from .registry.replay import digests
 from .room import Room, find_rooms
 from .settings import load_yaml
 
@@ -112,12 +114,15 @@ def status(project: Project) -> dict[str, Any]:
     geometry = project.geometry()
     registry = existing(project)
     claims: dict[str, TaskClaims] = {}
+    known: dict[str, frozenset[str]] = {}
     taken: dict[tuple[str, int], int] = {}
     rooms: dict[str, Room] = {}
     if registry is not None:
         with registry:
             geometry = registry.named(geometry)
             claims = registry.claims(project.model_name, project.composition)
+            with registry.reading() as reader:
+                known = {task: digests(reader, project.model_name, task) for task in claims}
             taken = registry.claimed(project.model_name, project.composition)
             ranks = matrix_ranks(geometry, variant=project.variant, rank=project.rank, target_modules=project.targets)
             rooms = find_rooms(registry, project.model_name, ranks, project.variant)
@@ -127,7 +132,7 @@ def status(project: Project) -> dict[str, Any]:
             "rank": held.rank,
             "matrices": len(held.regions),
             "stage": held.stage,
-            "adapter": _adapter_state(project, held),
+            "adapter": _adapter_state(project, name, known[name]),
         }
         for name, held in claims.items()
     }
@@ -310,11 +315,12 @@ def history(project: Project, task: str | None) -> list[Event]:
     return mine
 
 
-def dependents(events: Sequence[Event], held: TaskClaims, folder: Path = Path()) -> dict[Path, tuple[str, ...]]:
+def dependents(reader: Reader, held: TaskClaims, folder: Path = Path()) -> dict[Path, tuple[str, ...]]:
     """Merged checkpoints that were made with an adapter of these claims: folder -> their tasks.
 
     Looks at most two levels below a folder, and wherever the history has a merge of this machine.
     """
+    events, known = reader.events(), digests(reader, held.model, held.task)
     receipts = {path.resolve() for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/{RECEIPT_FILE}")}
     for event in events:
         if event.action == "merge" and event.detail.get("host") == socket.gethostname():
@@ -324,7 +330,7 @@ def dependents(events: Sequence[Event], held: TaskClaims, folder: Path = Path())
     for receipt in sorted(receipts):
         try:
             tasks = json.loads(receipt.read_bytes())["tasks"]
-            if any(tasks[name]["claim_digest"] == held.digest for name in names & set(tasks)):
+            if any(tasks[name]["claim_digest"] in known for name in names & set(tasks)):
                 found[receipt.parent] = tuple(tasks)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # not a receipt that anything can depend on; `multisbora verify` says what is wrong with it
@@ -368,7 +374,7 @@ def _refuse_dependents(ledger: Ledger, held: TaskClaims, leaving: str | None, ve
     """Refuse what would leave a merged checkpoint without its claims; `leaving` one composition may leave another that
     allows the same merge."""
     stays = [set(members) for name, members in ledger.compositions(held.model).items() if name != leaving]
-    found = dependents(ledger.events(), held)
+    found = dependents(ledger, held)
     merged = [path for path, tasks in found.items() if leaving is None or not any(set(tasks) <= all_ for all_ in stays)]
     if merged:
         path = min(os.path.relpath(merged[0]), str(merged[0]), key=len)
@@ -379,9 +385,9 @@ def _refuse_dependents(ledger: Ledger, held: TaskClaims, leaving: str | None, ve
         )
 
 
-def _adapter_state(project: Project, held: TaskClaims) -> str:
+def _adapter_state(project: Project, task: str, digests: Collection[str]) -> str:
     """What is here of a task's adapter; the registry's stage says what anybody, anywhere, has trained."""
-    folder = project.adapter(held.task)
+    folder = project.adapter(task)
     if not folder.is_dir():
         started = folder.with_name(f"{folder.name}.run").is_dir()
         return "interrupted or training" if started else "not trained"
@@ -389,7 +395,7 @@ def _adapter_state(project: Project, held: TaskClaims) -> str:
         trained_on = Adapter.read(folder).claim_digest
     except AdapterError:
         return "damaged"
-    return "trained" if trained_on == held.digest else "trained on other claims"
+    return "trained" if trained_on in digests else "trained on other claims"
 
 
 def _write_task(folder: Path, task: str) -> None:

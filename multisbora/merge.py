@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def merge(
     *,
     output: str | os.PathLike[str],
     geometry: Geometry | None = None,
-    claims: Mapping[str, str] | None = None,
+    claims: Mapping[str, Collection[str]] | None = None,
     allow_base_mismatch: bool = False,
     dry_run: bool = False,
 ) -> Receipt:
@@ -54,7 +54,8 @@ def merge(
         weights: task -> lambda, 1 where it is left out.
         output: folder to make; it appears whole or not at all.
         geometry: of the base, where it is known already; read from its headers otherwise.
-        claims: task -> digest of the claims that the registry holds now, to refuse an adapter trained on others.
+        claims: task -> digests that the registry knows for the claims it holds now, to refuse an adapter trained on
+            others. There is more than one where the claims are older than the way of digesting them.
         allow_base_mismatch: merge adapters that were trained on another base, or that do not say on which.
         dry_run: check everything and return the receipt as far as it is known, without writing.
 
@@ -173,9 +174,9 @@ def _lambdas(loaded: list[Adapter], weights: Mapping[str, float]) -> dict[str, f
     return {name: float(weights.get(name, 1.0)) for name in names}
 
 
-def _check_claims(loaded: list[Adapter], claims: Mapping[str, str]) -> None:
+def _check_claims(loaded: list[Adapter], claims: Mapping[str, Collection[str]]) -> None:
     for adapter in loaded:
-        if adapter.task not in claims or adapter.claim_digest == claims[adapter.task]:
+        if adapter.task not in claims or adapter.claim_digest in claims[adapter.task]:
             continue
         if adapter.claim_digest is None:
             raise AdapterError(f"{adapter.path} was trained without claims, {adapter.task} has some: train it again")

@@ -39,7 +39,7 @@ class Strip:
         matrices: how many there are.
         tasks: task -> the fewest and the most indices that it holds in one of them, earliest claim first.
         protected, planned: likewise for channels that nobody may claim, and for the tasks of the plan.
-        free: likewise for what is left then; below zero where the planned tasks do not fit.
+        free: likewise for what is left after the planned tasks; below zero where the planned tasks do not fit.
         totals: mark -> indices in all matrices together, in the order of the bar.
     """
 
@@ -67,7 +67,9 @@ class Strip:
 
     def line(self) -> str:
         bar = _bar(self.totals, self.size * self.matrices)
-        return f"{_cut(self.kind, 14):<14} {self.axis:<7} [{bar}] {_range(self.free)}/{self.size}"
+        tightest = self.free[0]
+        left = f"{_range(self.free)}/{self.size}" if tightest >= 0 else f"{-tightest} missing of {self.size}"
+        return _cut(f"{_cut(self.kind, 14):<14} {self.axis:<7} [{bar}] {left}", WIDTH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,8 @@ class Ownership:
     def lines(self) -> list[str]:
         """At most 25 lines of at most 80 columns. Of too many strips, those with the least room are shown."""
         head = [_cut(self.title, WIDTH), *_wrap([f"{mark} {text}" for mark, text in self.marks.items()])]
-        head.append(f"{'kind':<14} {'axis':<7} {'share of the indices':<{_BAR + 2}} free/all")
+        left = "free after/all" if PLANNED in self.marks else "free/all"
+        head.append(f"{'kind':<14} {'axis':<7} {'share of the indices':<{_BAR + 2}} {left}")
         room = MAX_LINES - len(head)
         shown = self.strips
         if len(shown) > room:

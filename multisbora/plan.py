@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from .allocator import DEFAULT_TARGETS, matrix_ranks
+from .allocator import DEFAULT_TARGETS, matrix_ranks, way_out
 from .errors import AllocationError, UsageError
 from .geometry import Geometry, Matrix
 from .region import Variant, own_axis
@@ -94,12 +94,14 @@ class MatrixPlan:
     Attributes:
         rank: indices that each task gets.
         free: indices of the variant's axis that no task of the composition holds.
+        other_free: likewise of the other axis, for tasks of the other variant.
     """
 
     matrix: Matrix
     variant: Variant
     rank: int
     free: int
+    other_free: int
 
     @property
     def trainable_parameters(self) -> int:
@@ -201,10 +203,11 @@ class Plan:
             return
         tight = min(self.matrices, key=lambda matrix: matrix.capacity_tasks)
         axis = own_axis(self.variant)
+        fits_other = all(self.tasks * matrix.rank <= matrix.other_free for matrix in self.matrices)
         raise AllocationError(
             f"{self.tasks} tasks of rank {tight.rank} need {self.tasks * tight.rank} {('rows', 'columns')[axis]} of "
             f"{tight.matrix.module}, {tight.free} of {tight.matrix.shape[axis]} are free: room for "
-            f"{self.capacity_tasks}; lower the rank, use {'fb' if axis else 'fa'}, or another composition"
+            f"{self.capacity_tasks}; {way_out(self.variant, fits_other)}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -256,7 +259,8 @@ def plan(
         rank=rank,
         tasks=tasks,
         matrices=tuple(
-            MatrixPlan(matrix, variant, ranked, _free(matrix, axis, claimed)) for matrix, ranked in ranks.items()
+            MatrixPlan(matrix, variant, ranked, _free(matrix, axis, claimed), _free(matrix, 1 - axis, claimed))
+            for matrix, ranked in ranks.items()
         ),
     )
 

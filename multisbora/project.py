@@ -8,17 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from . import geometry as geometries
 from .allocator import DEFAULT_TARGETS
+from .cards import Card, read_card
 from .errors import UsageError
 from .geometry import Geometry
+from .hub import local_folder
 from .region import Variant
-from .settings import Strict, check, read_yaml
+from .settings import Strict, check, read_yaml, unfit
 
 PROJECT_FILE = "multisbora.yaml"
+_FLAGS = frozenset({"model", "variant", "rank", "targets", "composition"})
 
 
 class Project(Strict):
@@ -27,7 +31,7 @@ class Project(Strict):
     Attributes:
         model: base model, a hub id or a folder.
         name: what registry and adapters call the base model, so that people who keep it in different places share it;
-            left out: the hub id, or the folder's name.
+            left out: the hub id, as its geometry card spells it, or the folder's name.
         registry: database URL of the registry; a relative SQLite path is relative to the working folder.
         targets: target modules of tasks whose recipe names none.
     """
@@ -45,6 +49,30 @@ class Project(Strict):
     recipes: str = "tasks"
     adapters: str = "adapters"
 
+    @field_validator("model")
+    @classmethod
+    def _named(cls, model: str) -> str:
+        if not model.strip():
+            raise unfit("names no base model: give a hub id like owner/name or a folder")
+        return model
+
+    @field_validator("registry")
+    @classmethod
+    def _kept(cls, url: str) -> str:
+        usable = "write sqlite:///path/to/registry.db or postgresql+psycopg://user:password@host/database"
+        try:
+            parsed = sa.make_url(url)
+        except (sa.exc.ArgumentError, ValueError):
+            raise unfit(f"{url.rpartition('@')[2]!r} is no database URL: {usable}") from None  # no password
+        shown = parsed.render_as_string(hide_password=True)
+        backend = parsed.drivername.partition("+")[0]
+        if backend not in ("sqlite", "postgresql", "postgres"):
+            raise unfit(f"{shown!r} is neither SQLite nor PostgreSQL: {usable}")
+        database = parsed.database or ":memory:"
+        if backend == "sqlite" and (":memory:" in database or parsed.query.get("mode") == "memory"):
+            raise unfit(f"{shown!r} is in memory, where every command would forget what the last one wrote: {usable}")
+        return url
+
     @classmethod
     def load(cls, folder: str | os.PathLike[str] = ".", **flags: Any) -> Project:
         """The project of a folder, with flags (None: not given) before what its file says.
@@ -60,7 +88,7 @@ class Project(Strict):
     @classmethod
     def load_or_default(cls, folder: str | os.PathLike[str] = ".", **flags: Any) -> Project:
         """As `load`, but where there is no multisbora.yaml a `model` among the flags is enough."""
-        if flags.get("model") and not (Path(folder) / PROJECT_FILE).is_file():
+        if flags.get("model") is not None and not (Path(folder) / PROJECT_FILE).is_file():
             return cls.of(**flags)
         return cls.load(folder, **flags)
 
@@ -71,7 +99,7 @@ class Project(Strict):
         Raises:
             UsageError: values with faults.
         """
-        return check(_given(flags), cls, "project")
+        return check(_given(flags), cls, flags=_FLAGS)
 
     def text(self) -> str:
         """The content of multisbora.yaml."""
@@ -93,8 +121,28 @@ class Project(Strict):
 
     @property
     def model_name(self) -> str:
-        folder = Path(self.model).expanduser()
-        return self.name or (folder.resolve().name if folder.is_dir() else self.model)
+        """What registry and adapters call the base model; one name, however a hub id's letters are cased."""
+        folder = local_folder(self.model)
+        if self.name:
+            return self.name
+        if folder:
+            return folder.resolve().name
+        card = _card(self.model)
+        own = [card.name, *card.names] if card else []
+        return next((name for name in own if name.lower() == self.model.lower()), self.model)
+
+    @property
+    def hub_id(self) -> str | None:
+        """The hub id behind the name of a geometry card, which can be planned and allocated but not trained.
+
+        None where the model is no card's name, or the card knows no hub id. Of several, the one of that very name.
+        """
+        card = None if local_folder(self.model) else _card(self.model)
+        ids = [name for name in card.names if "/" in name] if card else []
+        if any(name.lower() == self.model.lower() for name in ids):
+            return None
+        same = [name for name in ids if name.partition("/")[2].lower() == self.model.lower()]
+        return next(iter((*same, *ids)), None)
 
     def adapter(self, task: str) -> Path:
         return Path(self.adapters) / task
@@ -107,7 +155,7 @@ class Project(Strict):
 
     def geometry(self, say: Callable[[str], None] = lambda message: None) -> Geometry:
         """The base model's geometry: from its card where there is one, so that nothing is fetched; else its headers."""
-        if not Path(self.model).expanduser().is_dir():
+        if not local_folder(self.model):
             try:
                 return replace(geometries.from_card(self.model), model=self.model_name)
             except UsageError:
@@ -122,8 +170,8 @@ class Project(Strict):
         from .hub import find_config
         from .skeleton import from_config
 
-        folder = Path(self.model).expanduser()
-        if folder.is_dir() and any(folder.glob("*.safetensors")):
+        folder = local_folder(self.model)
+        if folder and any(folder.glob("*.safetensors")):
             return self.base_geometry(folder)
         try:
             return replace(geometries.from_card(self.model), model=self.model_name)
@@ -133,6 +181,13 @@ class Project(Strict):
     def base_geometry(self, folder: Path) -> Geometry:
         """The geometry of the base model's files, under the name that the project and its registry know it by."""
         return replace(geometries.from_checkpoint(folder), model=self.model_name)
+
+
+def _card(model: str) -> Card | None:
+    try:
+        return read_card(model)
+    except UsageError:
+        return None
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:

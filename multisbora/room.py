@@ -53,6 +53,8 @@ class Room:
         """Why no more than `more_tasks` fit, in one line."""
         if self.crossed:
             return f"every cell of {self.module} is a task's of the other variant, or protected"
+        if self.free == self.size:
+            return f"{self.module} decides: all of its {self.size} {self.axis} are free"
         if len(self.holders) == 1:
             by = f"by task {next(iter(self.holders))}"
         else:
@@ -65,6 +67,7 @@ class Room:
         return {
             "tasks": list(self.tasks),
             "more_tasks": self.more_tasks,
+            "line": self.line,
             "tightest": {
                 "module": self.module,
                 "axis": self.axis,
@@ -113,11 +116,17 @@ def room(holdings: Sequence[Holding], composition: str, ranks: Mapping[Matrix, i
     return tightest
 
 
-def find_rooms(registry: Registry, model: str, ranks: Mapping[Matrix, int], variant: Variant) -> dict[str, Room]:
-    """`room` of every composition of a model that has tasks. `ranks`: matrices as the registry names them."""
+def find_rooms(
+    registry: Registry, model: str, ranks: Mapping[Matrix, int], variant: Variant, also: Iterable[str] = ()
+) -> dict[str, Room]:
+    """`room` of every composition of a model that has tasks, and of those in `also`, which may have none.
+
+    Args:
+        ranks: matrices as the registry names them.
+    """
     with registry.reading() as ledger:
         holdings, names = ledger.holdings(model), ledger.compositions(model)
-    return {name: room(holdings, name, ranks, variant) for name in names}
+    return {name: room(holdings, name, ranks, variant) for name in dict.fromkeys((*names, *also))}
 
 
 def held_on(holdings: Iterable[Holding], axis: int) -> list[Holding]:

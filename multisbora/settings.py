@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticCustomError
 
 from .errors import UsageError
 
@@ -27,10 +28,12 @@ class UniqueKeys(yaml.SafeLoader):
     """YAML that refuses a key given twice, which plain YAML would silently let the last one win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        keys: list[Hashable] = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in keys:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+            keys.append(key)
         return super().construct_mapping(node, deep)
 
 
@@ -66,14 +69,22 @@ def load_yaml(path: Path) -> dict[Any, Any]:
     except RecursionError:
         raise UsageError(f"{path} is no usable YAML: its values are nested too deeply") from None
     except yaml.YAMLError as error:
-        raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path} is no valid YAML: {_problem(error)}") from None
+    if content is None:
+        raise UsageError(f"{path} is empty: it must hold `key: value` lines")
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold `key: value` lines, but holds {type(content).__name__}")
     return content
 
 
-def check(content: dict[str, Any], kind: type[Settings], where: str) -> Settings:
-    """A settings object of `content`; `where` names its source in the message.
+def check(
+    content: dict[str, Any], kind: type[Settings], where: str | None = None, flags: Collection[str] = ()
+) -> Settings:
+    """A settings object of `content`.
+
+    Args:
+        where: its source, in messages.
+        flags: keys that come from the command line, where their names are these with two dashes.
 
     Raises:
         UsageError: faults, all of them named.
@@ -81,8 +92,13 @@ def check(content: dict[str, Any], kind: type[Settings], where: str) -> Settings
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        faults = "; ".join(dict.fromkeys(_fault(dict(fault), kind) for fault in error.errors()))
-        raise UsageError(f"{where}: {faults}") from None
+        faults = "; ".join(dict.fromkeys(_fault(dict(fault), kind, flags) for fault in error.errors()))
+        raise UsageError(f"{where}: {faults}" if where else faults) from None
+
+
+def unfit(reason: str) -> PydanticCustomError:
+    """The fault that a validator raises where the message must not repeat the value, or need not."""
+    return PydanticCustomError("unfit", "{reason}", {"reason": reason})
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -106,15 +122,24 @@ def _override(content: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def _fault(fault: dict[str, Any], kind: type[Strict]) -> str:
+def _problem(error: yaml.YAMLError) -> str:
+    """Where in the file a YAML error is, and what it is."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    return f"{f'line {mark.line + 1}: ' if mark else ''}{' '.join(problem.split())}"
+
+
+def _fault(fault: dict[str, Any], kind: type[Strict], flags: Collection[str]) -> str:
     place = [str(part) for part in fault["loc"]]
-    key = ".".join(place)
+    key = f"--{place[0]}" if place and place[0] in flags else ".".join(place)
     if fault["type"] == "extra_forbidden":
         known = _keys(kind, place[:-1])
         near = difflib.get_close_matches(place[-1], known, n=1)
         return f"unknown key {key}" + (f", did you mean {near[0]}?" if near else f" (known: {', '.join(known)})")
     if fault["type"] == "missing":
         return f"{key} is missing"
+    if fault["type"] == "unfit":
+        return f"{key}: {fault['msg']}"
     return f"{key}: {fault['msg'].removeprefix('Value error, ')}, got {fault['input']!r}"
 
 

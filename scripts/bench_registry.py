@@ -10,7 +10,8 @@ own on the same disk or server: one statement, one transaction. That is what a u
 costs at least, so the ratio of the two says what all the rest adds: reading what is held, drawing, regions, guards,
 history, proof of what was written. "cpu s" is the processor time of this process, in PostgreSQL the client's alone.
 
-The exit code is 1 if the median of the five calls around 50 tasks exceeds the budget.
+The exit code is 1 if the median of the five calls around 50 tasks exceeds the budget. With --tasks below 53 the last
+five calls are judged in their place: fewer tasks are there, so that the budget is an easier one.
 """
 
 from __future__ import annotations

@@ -23,10 +23,15 @@ class Result(NamedTuple):
 Run = Callable[..., Result]
 
 
-def assert_refused(result: Result, code: int, *parts: str) -> None:
-    """One line on stderr that has these parts, nothing on stdout, and this exit code."""
+def assert_refused(result: Result, code: int, *parts: str, progress: bool = False) -> None:
+    """One line on stderr that has these parts, nothing on stdout, and this exit code.
+
+    Args:
+        progress: lines that say what is being done may stand before it.
+    """
     assert result.code == code, result
-    lines = result.err.strip().splitlines()
+    lines = result.err.splitlines()
+    assert len(lines) == 1 or (progress and lines), result.err
     assert lines[-1].startswith("multisbora: "), result.err
     assert all(part in lines[-1] for part in parts), lines[-1]
     assert "Traceback" not in result.err

@@ -24,7 +24,8 @@ from multisbora.geometry import Geometry, Matrix
 from multisbora.registry import Registry
 from multisbora.registry.audit import Audit, check
 from multisbora.registry.database import HEAD
-from multisbora.registry.schema import GUARDS
+from multisbora.registry.migrations.guards import guards
+from multisbora.registry.replay import digests
 
 SHAPES = {"q_proj": (12, 16), "down_proj": (20, 24)}
 GEOMETRY = Geometry(
@@ -390,7 +391,45 @@ BREAKAGES: dict[str, tuple[str, str]] = {
     "protected more than the history": (
         "UPDATE regions SET indices = X'03000000050000000F000000' WHERE task_id = 1; "
         "INSERT INTO claims VALUES (2, 6, 1, 15, 3), (3, 6, 1, 15, 7)",
-        r"3 columns of model\.layers\.0\.q_proj of tiny are protected, by the history 2",
+        r"^by the history other columns of tiny are protected, of digest '\w{12}'\n"
+        r"3 columns of model\.layers\.0\.q_proj of tiny are protected, by the history 0",
+    ),
+    "protected others than the history": (
+        "UPDATE regions SET indices = X'030000000F000000' WHERE task_id = 1; "
+        "UPDATE claims SET channel = 15 WHERE channel = 5 AND matrix_id = 6 AND membership_id IN (3, 7)",
+        r"^by the history other columns of tiny are protected, of digest '\w{12}'\n2 columns of .* by the history 0",
+    ),
+    "protected, as it was written at first": (
+        f'UPDATE events SET detail = \'{{"axis": "columns", "channels": {{"{Q0}": 3}}}}\' WHERE action = \'protect\'',
+        r"^2 columns of model\.layers\.0\.q_proj of tiny are protected, by the history 3$",
+    ),
+    "registered twice": (
+        "INSERT INTO events SELECT 99, at, actor, action, model, composition, task, detail FROM events WHERE id = 4",
+        r"^event 99 registers model 'tiny', which was registered$",
+    ),
+    "name of a model": (
+        "UPDATE models SET name = 'a' || char(10) || 'b' WHERE id = 1",
+        r"^model name or type 'a\\nb' is not printable text of at most 1000 characters$",
+    ),
+    "type of a model": (
+        "UPDATE models SET model_type = '' WHERE id = 1",
+        "^model name or type '' is not printable text",
+    ),
+    "axis beyond all models": (
+        "UPDATE matrices SET in_features = 16777217 WHERE id = 2",
+        r"^matrix 'model\.layers\.0\.q_proj' is 12 x 16777217$",
+    ),
+    "event of no time": (
+        "UPDATE events SET at = 'yesterday' WHERE id = 16",
+        r"^event 16 \('trained'\): its time is 'yesterday'$",
+    ),
+    "event of an actor that is none": (
+        "UPDATE events SET actor = 'me' || char(27) WHERE id = 16",
+        r"^event 16 \('trained'\): its actor is 'me\\x1b', which is not printable text of at most 1000 characters$",
+    ),
+    "event with a number out of range": (
+        "UPDATE events SET detail = replace(detail, '\"steps\": 7', '\"steps\": 1e999') WHERE id = 16",
+        r"^event 16 \(trained\): its detail holds a number out of range$",
     ),
     "guard": ("-- memberships_crossing", r"^the guard memberships_crossing on table memberships is missing$"),
     "schema version": (
@@ -463,12 +502,12 @@ def test_guards_on_postgresql(postgresql_url: str) -> None:
             )
         assert check(registry).problems == (
             "the guard claims_fixed on table claims is missing",
-            "the guard regions_late on table regions refuses nothing",
+            "the guard regions_late on table regions is not what this multisbora made: what it refuses is not known",
             "the guard yields_late on table yields is switched off",
         )
 
 
-@pytest.mark.parametrize("guard", sorted(GUARDS))
+@pytest.mark.parametrize("guard", sorted(guards("sqlite")))
 def test_every_guard_is_asked_for(filled: Path, guard: str) -> None:
     with closing(sqlite3.connect(path(filled))) as connection:
         connection.execute(f"DROP TRIGGER {guard}")
@@ -477,9 +516,83 @@ def test_every_guard_is_asked_for(filled: Path, guard: str) -> None:
 
 def test_a_guard_that_refuses_nothing(filled: Path) -> None:
     with closing(sqlite3.connect(path(filled))) as connection:
+        (text,) = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'claims_fixed'").fetchone()
         connection.execute("DROP TRIGGER claims_fixed")
-        connection.execute("CREATE TRIGGER claims_fixed BEFORE UPDATE ON claims BEGIN SELECT 1; END")
-    assert checked(filled).problems == ("the guard claims_fixed on table claims refuses nothing",)
+        connection.execute(text.replace("BEGIN", "WHEN 0 BEGIN"))
+    assert checked(filled).problems == (
+        "the guard claims_fixed on table claims is not what this multisbora made: what it refuses is not known",
+    )
+
+
+def test_a_guard_that_refuses_nothing_on_postgresql(postgresql_url: str) -> None:
+    with Registry.open(postgresql_url) as registry:
+        with unguarded(postgresql_url) as connection:
+            for guard in ("memberships_crossing", "claims_placed"):
+                body = guards("postgresql")[guard].body
+                body = body[: body.rindex("IF EXISTS")] + "IF FALSE THEN RAISE EXCEPTION 'x'; END IF; RETURN NEW; END"
+                connection.exec_driver_sql(
+                    f"CREATE OR REPLACE FUNCTION {guard}() RETURNS trigger LANGUAGE plpgsql AS $${body}$$"
+                )
+            connection.exec_driver_sql("DROP TRIGGER tasks_fixed ON tasks")
+            connection.exec_driver_sql(
+                "CREATE TRIGGER tasks_fixed BEFORE UPDATE ON tasks FOR EACH ROW WHEN (FALSE) "
+                "EXECUTE FUNCTION tasks_fixed()"
+            )
+        named = [line.split()[2] for line in check(registry).problems if "what it refuses is not known" in line]
+        assert named == ["claims_placed", "memberships_crossing", "tasks_fixed"]
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ("ALTER TABLE memberships DROP CONSTRAINT memberships_task_id_composition_id_key", "memberships .* unique"),
+        ("ALTER TABLE yields DROP CONSTRAINT yields_check", r"yields .* check \(keeper_id, <, task_id\)"),
+        ("ALTER TABLE tasks DROP CONSTRAINT tasks_role_check", "tasks .* check .role"),
+        ("ALTER TABLE yields DROP CONSTRAINT yields_pkey", "yields .* primary key"),
+        ("ALTER TABLE regions DROP CONSTRAINT regions_task_id_fkey", "regions .* foreign key .task_id, tasks"),
+        (
+            "ALTER TABLE claims DROP CONSTRAINT claims_channel_check, ADD CHECK (channel >= 0 OR TRUE)",
+            "claims .* check .channel, >=, 0",
+        ),
+        (
+            "ALTER TABLE tasks DROP CONSTRAINT tasks_model_id_name_key, ADD UNIQUE (model_id, name) DEFERRABLE",
+            "tasks .* unique .model_id, name",
+        ),
+    ],
+)
+def test_a_constraint_lost_on_postgresql(postgresql_url: str, change: str, found: str) -> None:
+    with Registry.open(postgresql_url) as registry:
+        assert check(registry).ok
+        with unguarded(postgresql_url) as connection:
+            connection.exec_driver_sql(change)
+        (problem,) = check(registry).problems
+        assert re.search(f"table {found}", problem)
+
+
+@pytest.mark.parametrize(
+    ("table", "old", "new"),
+    [
+        ("yields", "CHECK (keeper_id < task_id)", "CHECK (1)"),
+        ("claims", "CHECK (channel >= 0)", "CHECK (channel >= 0 OR 1)"),
+        ("tasks", "CHECK (role IN ('task', 'protected', 'released'))", ""),
+        ("tasks", "UNIQUE (model_id, name)", "CHECK (1)"),
+        ("memberships", "UNIQUE (task_id, composition_id)", "CHECK (1)"),
+        ("regions", "FOREIGN KEY(task_id) REFERENCES tasks (id)", "CHECK (1)"),
+    ],
+)
+def test_a_constraint_lost(filled: Path, table: str, old: str, new: str) -> None:
+    with past_the_api(filled) as connection:
+        (text,) = connection.execute("SELECT sql FROM sqlite_master WHERE name = ?", (table,)).fetchone()
+        assert old in text
+        indexes = connection.execute(
+            "SELECT sql FROM sqlite_master WHERE tbl_name = ? AND type = 'index' AND sql IS NOT NULL", (table,)
+        ).fetchall()
+        connection.executescript(
+            f"PRAGMA legacy_alter_table = ON; ALTER TABLE {table} RENAME TO kept; {text.replace(old, new)}; "
+            f"INSERT INTO {table} SELECT * FROM kept; DROP TABLE kept;" + ";".join(sql for (sql,) in indexes)
+        )
+    (problem,) = checked(filled).problems
+    assert problem.startswith(f"table {table} has lost a constraint or has another: ")
 
 
 def test_a_key_that_keeps_nothing(filled: Path) -> None:
@@ -531,6 +644,37 @@ def test_many_problems_are_cut_short(filled: Path) -> None:
         )
     problems = checked(filled).problems
     assert len(problems) == 21 and problems[-1].startswith("history: ")
+
+
+def test_protections_that_were_recorded_by_their_counts(filled: Path) -> None:
+    """As stores of earlier days have them, beside those of today."""
+    detail = json.dumps({"axis": "columns", "channels": {Q0: 2}})
+    with past_the_api(filled) as connection:
+        connection.execute("UPDATE events SET detail = ? WHERE action = 'protect'", (detail,))
+    with Registry.open(url(filled)) as registry:
+        assert_ok(registry)
+        registry.release("tiny", "rows")
+        registry.protect(GEOMETRY, columns={D0: [0], Q0: [15]})
+        assert_ok(registry)
+        registry.unprotect("tiny")
+        assert_ok(registry)
+
+
+def test_digests_of_a_store_of_the_first_schema(tmp_path: Path) -> None:
+    """Adapters from before carry the old digest: it goes for the task that holds the same regions still."""
+    old_store(tmp_path)
+    with Registry.open(url(tmp_path)) as registry:
+        events = {event.task: event.detail["claim_digest"] for event in registry.events() if event.action == "allocate"}
+        now = registry.task("tiny", "rows")
+        assert events["rows"] != now.digest
+        registry.rename("tiny", "rows", "reihen")
+        with registry.reading() as reader:
+            assert digests(reader, "tiny", "reihen") == {now.digest, events["rows"]}
+            assert digests(reader, "tiny", "gone") == frozenset()
+        registry.release("tiny", "reihen")
+        give(registry, "reihen", variant="fb")
+        with registry.reading() as reader:
+            assert events["rows"] not in digests(reader, "tiny", "reihen")
 
 
 def test_the_check_writes_nothing(filled: Path) -> None:

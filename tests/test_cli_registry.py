@@ -55,7 +55,7 @@ def test_several_compositions_from_a_file(project: Path, run: Run) -> None:
         ("{}", ["names no composition"]),
         ("one: adding\n", ["'one' must have a list of task names, got 'adding'"]),
         ("one: [adding, 3]\n", ["'one' must have a list of task names"]),
-        ("one: [adding, adding]\n", ["named twice one"]),
+        ("one: [adding, adding]\n", ["composition one names a task twice"]),
         ("one: [adding]\none: [doubling]\n", ["'one' is given twice"]),
         ("'../one': [adding]\n", ["composition name '../one' is not usable"]),
         ("one: ['../../etc']\n", ["task name '../../etc' is not usable"]),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import socket
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -20,7 +23,9 @@ from multisbora.allocator import allocate
 from multisbora.errors import AllocationError, MissingRegistryError, RegistryError
 from multisbora.geometry import Geometry, Matrix
 from multisbora.registry import Registry, database
+from multisbora.registry.audit import check
 from multisbora.registry.database import HEAD, VERSION_TABLE, Database
+from multisbora.registry.schema import metadata
 
 GEOMETRY = Geometry(
     "tiny",
@@ -140,7 +145,11 @@ def test_a_first_store_is_migrated_and_keeps_everything(store_url: str) -> None:
         assert registry.compositions("tiny") == {"one": ("math", "code", "law"), "two": ("math",)}
         for task, (variant, indices, excluded) in FIRST.items():
             held = registry.task("tiny", task, "one")
-            assert (held.variant, held.rank, held.stage) == (variant, 2, "allocated")
+            assert (held.variant, held.rank, held.stage) == (
+                variant,
+                2,
+                "trained",
+            )  # nobody knows, so none may be moved
             assert {name: list(region.indices) for name, region in held.regions.items()} == {
                 modules[matrix_id - 1]: found for matrix_id, found in indices.items()
             }
@@ -153,6 +162,83 @@ def test_a_first_store_is_migrated_and_keeps_everything(store_url: str) -> None:
         assert registry.release("tiny", "law") == ("one",)
         assert registry.release("tiny", "code") == ("one",)
         assert registry.compositions("tiny") == {"one": ("math", "new"), "two": ("math",)}
+
+
+def test_a_task_that_came_back_under_an_old_mask(store_url: str) -> None:
+    """Its id is the lower one, and its mask has the other's indices: migrated, it yields still, as it was trained."""
+    first_store(store_url)
+    engine = sa.create_engine(store_url, poolclass=sa.NullPool)
+    rows = np.asarray([3, 4], "<u4").tobytes()
+    # law (3) yields to rows 3 and 4 of matrix 1: of code (2) no longer, but of "new", which has a higher id and was in
+    # composition two before it.
+    with engine.begin() as connection:
+        run = connection.exec_driver_sql
+        run("INSERT INTO tasks (model_id, name, variant, rank) VALUES (1, 'new', 'fb', 2)")
+        for task, indices, axis, channels in (("new", rows, 0, (3, 4)), ("law", None, 1, (1, 2))):
+            run(
+                "INSERT INTO memberships (task_id, composition_id) SELECT t.id, c.id FROM tasks t, compositions c "
+                f"WHERE t.name = '{task}' AND c.name = 'two'"
+            )
+            member = run("SELECT max(id) FROM memberships").scalar_one()
+            if indices is None:
+                run(
+                    f"INSERT INTO regions SELECT {member}, r.matrix_id, r.indices, r.excluded FROM regions r "
+                    "JOIN memberships m ON m.id = r.membership_id JOIN tasks t ON t.id = m.task_id "
+                    f"WHERE t.name = 'law' AND m.id <> {member}"
+                )
+            else:
+                values = {"member": member, "indices": indices, "none": b""}
+                connection.execute(sa.text("INSERT INTO regions VALUES (:member, 1, :indices, :none)"), values)
+            for channel in channels:
+                run(f"INSERT INTO claims VALUES (2, 1, {axis}, {channel}, {member})")
+        run("DELETE FROM claims WHERE composition_id = 2 AND membership_id = 2")  # math leaves
+        run("DELETE FROM regions WHERE membership_id = 2")
+        run("DELETE FROM memberships WHERE id = 2")
+    with Registry.open(store_url) as registry:
+        q_proj = GEOMETRY.matrices[0].module
+        claims = registry.claims("tiny", "two")
+        assert {task: held.regions[q_proj].excluded for task, held in claims.items()} == {"new": (), "law": (3, 4)}
+        assert list(claims) == ["new", "law"]
+        assert registry.compositions("tiny")["one"] == ("math", "code", "law")
+        problems = [line for line in check(registry).problems if not re.search("history|never registered", line)]
+        assert problems == []  # history is what this store has none of
+    with engine.begin() as connection:
+        ids = dict(connection.exec_driver_sql("SELECT name, id FROM tasks").all())
+        yields = set(connection.exec_driver_sql("SELECT task_id, keeper_id FROM yields").all())
+    assert ids["new"] < ids["law"] and (ids["law"], ids["new"]) in yields
+    assert (ids["code"], ids["math"]) in yields  # as before
+
+
+def test_masks_that_go_round_in_a_circle(tmp_path: Path) -> None:
+    first_store(url(tmp_path))
+    with raw(tmp_path) as connection:
+        masks = {"one": "four", "two": "one", "three": "two", "four": "three"}
+        for table in ("claims", "regions", "memberships", "tasks"):
+            connection.execute(f"DELETE FROM {table}")
+        for number, (task, keeper) in enumerate(masks.items(), 1):
+            held = {name: np.asarray([place], "<u4").tobytes() for place, name in enumerate(masks)}
+            connection.execute("INSERT INTO tasks VALUES (?, 1, ?, ?, 1)", (number, task, ("fa", "fb")[number % 2]))
+            for composition in (number, number % 4 + 1):
+                connection.execute(
+                    "INSERT OR IGNORE INTO compositions VALUES (?, 1, ?)", (composition, f"c{composition}")
+                )
+                cursor = connection.execute("INSERT INTO memberships VALUES (NULL, ?, ?)", (number, composition))
+                row = (cursor.lastrowid, held[task], held[keeper])
+                connection.execute("INSERT INTO regions VALUES (?, 1, ?, ?)", row)
+    before = dump(tmp_path)
+    with pytest.raises(RegistryError, match="go round in a circle, nothing was written") as caught:
+        Registry.open(url(tmp_path))
+    one_line(caught)
+    assert dump(tmp_path) == before
+
+
+def test_the_migration_makes_the_digest_of_today() -> None:
+    """A later geometry may have another: then this goes, for the migration stays as it is."""
+    migration = importlib.import_module("multisbora.registry.migrations.versions.0002_tasks_hold_regions")
+    twice = (Matrix("a.h.0.q", "a.h.0.q.weight", 4, 4), Matrix("b.h.0.q", "b.h.0.q.weight", 4, 4))
+    for matrices in (GEOMETRY.matrices, twice, twice[:1]):
+        rows = [(m.module, *m.shape) for m in matrices]
+        assert migration._digest(rows, "linear") == Geometry("x", "llama", matrices).digest
 
 
 def test_a_migration_that_fails_leaves_the_store_as_it_was(tmp_path: Path) -> None:
@@ -201,6 +287,36 @@ def test_a_newer_schema_is_refused(store_url: str, statement: str) -> None:
         connection.exec_driver_sql(statement)
     with pytest.raises(RegistryError, match=f"has schema 9999, this multisbora reads up to {HEAD}: upgrade it"):
         Registry.open(store_url)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        f"DELETE FROM {VERSION_TABLE}",
+        f"INSERT INTO {VERSION_TABLE} VALUES ('0001')",
+        f"UPDATE {VERSION_TABLE} SET version_num = 'banana'",
+        f"UPDATE {VERSION_TABLE} SET version_num = '0000'",
+        f"DROP TABLE {VERSION_TABLE}; CREATE TABLE {VERSION_TABLE} (version_num)",
+        f"DROP TABLE {VERSION_TABLE}; CREATE TABLE multisbora_schema (version)",
+        f"DROP TABLE {VERSION_TABLE}; CREATE TABLE multisbora_schema (version); "
+        "INSERT INTO multisbora_schema VALUES (2)",
+        f"DROP TABLE {VERSION_TABLE}; CREATE TABLE multisbora_schema (version); "
+        "INSERT INTO multisbora_schema VALUES (x'00')",
+    ],
+)
+def test_a_damaged_version_is_refused(store_url: str, script: str) -> None:
+    fill(store_url)
+    engine = sa.create_engine(store_url, poolclass=sa.NullPool)
+    if engine.dialect.name == "postgresql":
+        script = script.replace("version_num)", "version_num text)").replace("(version)", "(version text)")
+        script = script.replace("x'00'", "'x'")
+    with engine.begin() as connection:
+        for statement in script.split("; "):
+            connection.exec_driver_sql(statement)
+    for create in (True, False):
+        with pytest.raises(RegistryError, match="is damaged: restore it") as caught:
+            Registry.open(store_url, create=create)
+        one_line(caught)
 
 
 # Files that are no store.
@@ -253,10 +369,25 @@ def test_a_server_that_holds_other_tables(postgresql_url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", ["", "registry.db", "nosuch://x", "sqlite:/x", "://", "postgresql+nosuch://x/y", "mysql://root@x/y", "\0"]
+    "bad",
+    ["", "registry.db", "nosuch://x", "sqlite:/x", "://", "postgresql+nosuch://x/y", "mysql://root@x/y", "\0"],
 )
 def test_a_wrong_url_is_refused(bad: str) -> None:
     with pytest.raises(RegistryError) as caught:
+        Registry.open(bad)
+    one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("bad", "hint"),
+    [
+        ("postgresql+psycopg2://u:p@x/y", r"write postgresql\+psycopg://"),
+        ("postgresql+asyncpg://x/y", r"write postgresql\+psycopg://"),
+        ("sqlite+aiosqlite:///x.db", "write sqlite:///"),
+    ],
+)
+def test_a_driver_that_is_not_supported(bad: str, hint: str) -> None:
+    with pytest.raises(RegistryError, match=hint) as caught:
         Registry.open(bad)
     one_line(caught)
 
@@ -277,6 +408,10 @@ def test_no_message_has_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
             f"postgresql+psycopg://user:secret@127.0.0.1:{port}/x",
             "nosuch://user:secret@host/x",
             "postgresql+psycopg://user:secret@host:port/x",
+            "postgresql+psycopg://user@host:port/x?password=secret",
+            f"postgresql+psycopg://127.0.0.1:{port}/x?user=u&password=secret",
+            f"postgresql+psycopg://u@127.0.0.1:{port}/x?sslpassword=secret",
+            "postgresql+psycopg2://host/x?password=secret",
         ]
         for where in bad:
             with pytest.raises(RegistryError) as caught:
@@ -303,6 +438,29 @@ def test_a_missing_store_is_not_made_on_request(tmp_path: Path, store_url: str) 
     assert list(tmp_path.iterdir()) == []
     Registry.open(url(tmp_path / "deep")).close()
     assert (tmp_path / "deep" / "registry.db").is_file()
+
+
+def test_a_missing_store_is_not_made_by_a_uri(tmp_path: Path) -> None:
+    missing = tmp_path / "a b.db"
+    for start in (f"file:{missing}", f"file://{missing}", f"file://localhost{missing}"):
+        with pytest.raises(MissingRegistryError, match="does not exist: run multisbora allocate first") as caught:
+            Registry.open(f"sqlite:///{start}?uri=true".replace(" ", "%2520"), create=False)
+        assert f"sqlite:///{start.replace(' ', '%20')}?uri=true" in str(caught.value)
+    with pytest.raises(MissingRegistryError, match="does not exist"):
+        Registry.open(f"sqlite:///file:{tmp_path}/none.db?mode=rw&uri=true")
+    assert list(tmp_path.iterdir()) == []
+    Registry.open(f"sqlite:///file:{missing}?uri=true").close()
+    assert missing.is_file()
+    Registry.open("sqlite:///file::memory:?uri=true").close()
+
+
+def test_sqlite_without_a_write_ahead_log(tmp_path: Path) -> None:
+    """A VFS without shared memory has none, and SQLite then answers "delete", without an error."""
+    with pytest.raises(
+        RegistryError, match=r"no write-ahead log .*put it on a local disk, or use postgresql"
+    ) as caught:
+        Registry.open(f"sqlite:///file:{tmp_path}/registry.db?vfs=unix-dotfile&uri=true")
+    one_line(caught)
 
 
 def test_a_store_by_sqlites_own_uri(tmp_path: Path) -> None:
@@ -435,6 +593,81 @@ def test_tables_that_somebody_dropped(tmp_path: Path) -> None:
     ):
         registry.claims("tiny")
     assert "see multisbora registry check" in one_line(caught)
+
+
+@pytest.mark.parametrize("default", ["repeatable read", "serializable"])
+def test_writers_see_what_those_before_them_wrote(postgresql_url: str, default: str) -> None:
+    """Whatever isolation the role has by default."""
+    engine = sa.create_engine(postgresql_url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        name = connection.exec_driver_sql("SELECT current_database()").scalar_one()
+        connection.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_isolation = '{default}'")
+    fill(postgresql_url)
+    results: list[object] = []
+
+    def go(task: str, variant: str) -> None:
+        try:
+            with Registry.open(postgresql_url) as registry:
+                allocate(registry, GEOMETRY, [task], rank=2, variant=variant, target_modules="all-linear")  # type: ignore[arg-type]
+        except RegistryError as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=go, args=found) for found in (("x", "fa"), ("y", "fb"), ("z", "fa"))]
+    with Registry.open(postgresql_url) as registry:
+        with registry.transaction():  # all three wait behind this
+            for thread in threads:
+                thread.start()
+            time.sleep(0.5)
+        for thread in threads:
+            thread.join()
+        assert results == [] and check(registry).ok
+        assert sorted(registry.claims("tiny")) == ["math", "x", "y", "z"]
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("40001", "busy with another writer, nothing was written .*: run it again"),
+        ("40P01", "busy with another writer, nothing was written .*: run it again"),
+        ("55P03", "stayed busy for 60 s"),
+        ("53100", "its disk is full, nothing was written"),
+        ("25006", "ask for the right to write there"),
+        ("42501", "ask for the right to write there"),
+        ("57P01", "cannot be reached, nothing was written"),
+        ("08006", "cannot be reached, nothing was written"),
+        ("22012", "failed, nothing was written .* see multisbora registry check"),
+    ],
+)
+def test_what_a_server_says_in_any_language(postgresql_url: str, state: str, words: str) -> None:
+    opened = Database.open(postgresql_url)
+    with pytest.raises(RegistryError, match=words) as caught, opened.connect(write=True) as connection:
+        connection.exec_driver_sql(f"DO $$ BEGIN RAISE 'kaputt' USING ERRCODE = '{state}'; END $$")
+    one_line(caught)
+    opened.close()
+
+
+def test_a_role_without_rights(postgresql_url: str) -> None:
+    fill(postgresql_url)
+    engine = sa.create_engine(postgresql_url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        name = connection.exec_driver_sql("SELECT current_database()").scalar_one()
+        connection.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    with (
+        Registry.open(postgresql_url) as registry,
+        pytest.raises(RegistryError, match="ask for the right to write there"),
+    ):
+        registry.release("tiny", "math")
+
+
+def test_a_store_whose_tables_were_dropped_is_made_anew(postgresql_url: str) -> None:
+    """Functions of the guards outlive their tables."""
+    fill(postgresql_url)
+    engine = sa.create_engine(postgresql_url, poolclass=sa.NullPool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"DROP TABLE {', '.join((*metadata.tables, VERSION_TABLE))} CASCADE")
+    fill(postgresql_url)
+    with Registry.open(postgresql_url) as registry:
+        assert check(registry).ok
 
 
 def test_two_that_forgot_to_wait_for_each_other(postgresql_url: str) -> None:

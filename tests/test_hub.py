@@ -16,7 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from multisbora import hub
 from multisbora.errors import CheckpointError, MultisboraError, UsageError
-from multisbora.hub import DEMO_MODEL, WHEELS, Wheel, cache_dir, find_base
+from multisbora.hub import DEMO_MODEL, WHEELS, Wheel, cache_dir, find_base, find_config
 
 
 @pytest.fixture(autouse=True)
@@ -59,10 +59,14 @@ def test_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[Any
     assert not asked
 
 
-@pytest.mark.parametrize("name", ["", "gpt2", "a/b/c", "./nowhere", "/no/where", "~/nowhere", "../up/there"])
-def test_neither_folder_nor_hub_id(name: str, asked: list[Any]) -> None:
+@pytest.mark.parametrize(
+    "name", ["", "gpt2", "a/b/c", "./nowhere", "/no/where", "~/nowhere", "../up/there", "~nobody-of-this-name"]
+)
+def test_neither_folder_nor_hub_id(name: str, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     refused(lambda: find_base(name), UsageError, repr(name), "neither a folder", "owner/name")
     assert not asked
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    refused(lambda: find_config(name), UsageError, repr(name), "neither a folder", "owner/name")
 
 
 def test_file_in_place_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[Any]) -> None:
@@ -75,6 +79,7 @@ def test_file_in_place_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", ["a b/c", "owner/na*me", "owner/-name", "owner/"])
 def test_name_that_no_hub_takes(name: str) -> None:
     refused(lambda: find_base(name), UsageError, repr(name), "no hub id")
+    refused(lambda: find_config(name), UsageError, repr(name), "no hub id")
 
 
 def test_offline(asked: list[Any]) -> None:
@@ -87,6 +92,22 @@ def test_offline(asked: list[Any]) -> None:
     assert asked == [("nobody/unknown", True), ("nobody/unknown", False)]
     assert said == ["fetching nobody/unknown from the hub"]
     assert not cache_dir().exists()
+
+
+def test_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_llama(tmp_path / "model")
+    assert find_config(str(folder)) == folder / "config.json"
+
+    def hf_hub_download(model: str, file: str, **_: Any) -> str:
+        if model == "some/model":
+            return str(folder / file)
+        raise OfflineModeIsEnabled("no network here\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    assert find_config("some/model") == folder / "config.json"
+    refused(lambda: find_config("nobody/unknown"), CheckpointError, "nobody/unknown", "no network here")
+    monkeypatch.chdir(tmp_path)
+    refused(lambda: find_config("model/typo"), UsageError, "'model/typo' is no folder, though 'model' is one")
 
 
 def test_hub_s_cache_goes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

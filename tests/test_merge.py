@@ -320,9 +320,9 @@ def test_claims_that_changed_are_refused(base: Path, geometry: Geometry, tmp_pat
     mark = fingerprint(base, geometry)
     claimed = write_adapter(tmp_path / "claimed", geometry, "math", base_fingerprint=mark, claim_digest="c" * 64)
     free = write_adapter(tmp_path / "free", geometry, "chat", base_fingerprint=mark)
-    refused(AdapterError, "the claims of math changed since its training", base, [claimed], claims={"math": "d" * 64})
-    refused(AdapterError, "was trained without claims", base, [free], claims={"chat": "d" * 64})
-    merge(base, [claimed], output=tmp_path / "out", claims={"math": "c" * 64, "more": "e" * 64})
+    refused(AdapterError, "the claims of math changed since its training", base, [claimed], claims={"math": ["d" * 64]})
+    refused(AdapterError, "was trained without claims", base, [free], claims={"chat": ["d" * 64]})
+    merge(base, [claimed], output=tmp_path / "out", claims={"math": ["c" * 64, "f" * 64], "more": ["e" * 64]})
 
 
 def test_shared_cells_are_refused(base: Path, geometry: Geometry, tmp_path: Path) -> None:

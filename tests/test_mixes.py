@@ -327,7 +327,7 @@ class Mix:
         channels = {("rows", "columns")[step.axis]: {matrix.module: list(step.channels) for matrix in matrices}}
         if touched:
             self.seen.add("protection refused")
-            with pytest.raises(AllocationError, match="own cells of these"):
+            with pytest.raises(AllocationError, match="are held or crossed by"):
                 self.registry.protect(self.base.geometry, **channels)
             return
         self.registry.protect(self.base.geometry, **channels)

@@ -38,7 +38,7 @@ def test_nothing_claimed_yet() -> None:
     assert ownership(SMALL, {}, planned(tasks=2)).lines() == [
         "SmolLM2-135M",
         "+ 2 planned fa 64  . free",
-        "kind           axis    share of the indices               free/all",
+        "kind           axis    share of the indices               free after/all",
         "down_proj      columns [+++.............................] 1408/1536",
         "up_proj        columns [+++++++.........................] 448/576",
         "k_proj         columns [+++++++.........................] 448/576",
@@ -59,7 +59,7 @@ def test_tasks_of_both_variants_protected_channels_and_uneven_layers() -> None:
         "SmolLM2-135M, composition team",
         "x protected  a math fa 64  b code fb 48  c early fa 288  + 1 planned fa 64",
         ". free",
-        "kind           axis    share of the indices               free/all",
+        "kind           axis    share of the indices               free after/all",
         "q_proj         columns [xaaacc+++.......................] 160..448/576",
         "v_proj         columns [aaaa............................] 512/576",
         "v_proj         rows    [xbbbbbbbb.......................] 140..144/192",
@@ -77,10 +77,10 @@ def test_tasks_of_both_variants_protected_channels_and_uneven_layers() -> None:
     assert json.loads(json.dumps(found.to_json())) == found.to_json()
 
 
-def test_tasks_that_do_not_fit_show_as_less_than_nothing() -> None:
+def test_what_is_missing_for_tasks_that_do_not_fit_is_said_in_words() -> None:
     held = {"big": claims_of("big", dict.fromkeys(modules("q_proj"), 500), rank=500)}
     found = ownership(SMALL, held, planned(tasks=2, target_modules=["q_proj"]))
-    assert found.lines()[-1] == "q_proj         columns [aaaaaaaaaaaaaaaaaaaaaaaaaaaa++++] -52/576"
+    assert found.lines()[-1] == "q_proj         columns [aaaaaaaaaaaaaaaaaaaaaaaaaaaa++++] 52 missing of 576"
 
 
 def test_no_task_is_planned_where_all_hold_their_claims() -> None:

@@ -229,7 +229,7 @@ def test_capacity_falls_with_every_task_and_is_true() -> None:
         crossing = plan(SMALL, registry=registry, variant="fb", rank=32)
         assert crossing.capacity_tasks == 0
         assert {m.matrix.kind for m in crossing.matrices if m.capacity_tasks} == {"down_proj"}
-        with pytest.raises(AllocationError, match="other tasks own all of its 576 columns"):
+        with pytest.raises(AllocationError, match="all of its 576 columns are other tasks' or protected"):
             allocate(registry, SMALL, ["t9"], variant="fb", rank=32)
         assert plan(SMALL, registry=registry, variant="fb", rank=32, target_modules=["down_proj"]).capacity_tasks == 18
         assert plan(SMALL, registry=registry, target_modules=["down_proj"]).capacity_tasks == 24 - 9
@@ -242,6 +242,22 @@ def test_wanted_tasks_that_do_not_fit() -> None:
         AllocationError, match=r"10 tasks of rank 64 need 640 columns .* 576 of 576 are free: room for 9"
     ):
         plan(SMALL, tasks=10).require_capacity()
+
+
+def test_the_other_variant_is_advised_only_where_it_has_room() -> None:
+    """fb of rank 64 has room for three tasks: v_proj has 192 rows."""
+    few = plan(SMALL, rank=192, tasks=4, target_modules=["v_proj", "down_proj"])
+    many = plan(SMALL, rank=192, tasks=1, target_modules=["v_proj"])
+    assert few.matrices[-1].other_free == many.matrices[0].other_free == 192
+    with pytest.raises(AllocationError, match=r"lower the rank, or use another composition$"):
+        few.require_capacity()
+    with Registry.open("sqlite://") as registry:
+        allocate(registry, SMALL, ["wide"], rank=448, target_modules=["v_proj"])
+        with pytest.raises(AllocationError, match=r"lower the rank, use fb, or another composition$"):
+            plan(SMALL, rank=192, target_modules=["v_proj"], registry=registry).require_capacity()
+        allocate(registry, SMALL, ["rest"], rank=128, target_modules=["v_proj"])
+        with pytest.raises(AllocationError, match=r"lower the rank, or use another composition$"):  # no cell is left
+            plan(SMALL, rank=192, target_modules=["v_proj"], registry=registry).require_capacity()
 
 
 def test_conv1d_counts_logical_sizes() -> None:
@@ -287,9 +303,16 @@ def test_command_line_with_a_card_alone(run: Run, tmp_path: Path) -> None:
         "ownership",
     ]
     assert found["ownership"][0]["planned"] == [32, 32]
+    assert found["compositions"]["default"]["more_tasks"] == 18
     code, out, _ = run("--model", "SmolLM2-135M", "--rank", "32")
     assert code == 0 and "11,854,344" in out and "peak memory" not in out
     assert "q_proj         columns [++..............................] 544/576" in out.splitlines()
+    assert "room for tasks, before the planned               18" in out.splitlines()
+    assert "adapter file, bytes                      11,854,344    11.9 MB" in out.splitlines()
+    assert (
+        "default: 18 more tasks like these fit: model.layers.0.mlp.up_proj decides: all of its 576 columns are free"
+        in (out.splitlines())
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -303,8 +326,10 @@ def test_command_line_predicts_the_peak_of_a_batch(run: Run, tmp_path: Path) -> 
     found = json.loads(out)
     assert code == 0 and list(found)[-3:] == ["peak", "compositions", "ownership"]
     assert found["peak"]["tokens"] == 32 and found["peak"]["peak"] > found["peak"]["base"]
-    code, out, _ = run("--model", str(bare), *shape)
-    assert code == 0 and f"peak memory, peak{found['peak']['peak']:>34,}" in out.splitlines()
+    code, out, err = run("--model", str(bare), *shape)
+    peak = found["peak"]["peak"]
+    assert code == 0 and f"peak memory, peak{peak:>34,}{peak / 1000:>8.1f} kB" in out.splitlines()
+    assert err == "predicting the peak on a model without weights: up to a minute\n"
 
 
 def test_command_line_takes_checkpointing_from_the_recipes(run: Run, tmp_path: Path) -> None:

@@ -46,10 +46,72 @@ def test_faults(tmp_path: Path) -> None:
     refused(tmp_path, "no multisbora.yaml in this folder", "multisbora init --model M")
     where = str(write(tmp_path, "modl: a/b\nrank: 0\nvariant: fc\n") / PROJECT_FILE)
     refused(tmp_path, where, "unknown key modl, did you mean model?", "model is missing", "rank", "variant")
-    refused(write(tmp_path, "model: [\n"), where, "no valid YAML")
+    refused(write(tmp_path, "rank: 4\nmodel: [\n"), f"{where} is no valid YAML: line 3: ")
+    refused(
+        write(tmp_path, "model: a/b\nrank: 4\nrank: 8\n"), f"{where} is no valid YAML: line 3: 'rank' is given twice"
+    )
+    refused(write(tmp_path, ""), where, "is empty")
     refused(write(tmp_path, "just text\n"), where, "must hold `key: value` lines")
     refused(write(tmp_path, "model: a/b\n"), "rank", "greater than 0", "got 0", rank=0)
+    for flag, value in (("rank", 0), ("variant", "fc"), ("model", ""), ("targets", 7)):
+        with pytest.raises(UsageError, match=f"^--{flag}: "):
+            Project.load(tmp_path, **{flag: value})
     refused(write(tmp_path, "model: a/b\n"), "unknown key rnk", "did you mean rank?", rnk=1)
+
+
+@pytest.mark.parametrize(
+    "url, reason",
+    [
+        ("nonsense", "'nonsense' is no database URL: write sqlite:///path/to/registry.db"),
+        ("postgresql://me:secret@host:port/db", "'host:port/db' is no database URL"),
+        ("mysql://me:secret@host/db", "is neither SQLite nor PostgreSQL"),
+        ("sqlite://", "is in memory, where every command would forget"),
+        ("sqlite:///:memory:", "is in memory"),
+        ("sqlite:///file::memory:?uri=true", "is in memory"),
+        ("sqlite:///file:x?mode=memory&uri=true", "is in memory"),
+    ],
+)
+def test_registries_that_keep_nothing(tmp_path: Path, url: str, reason: str) -> None:
+    path = write(tmp_path, f"model: a/b\nregistry: '{url}'\n") / PROJECT_FILE
+    with pytest.raises(UsageError) as caught:
+        Project.load(tmp_path)
+    assert str(caught.value).startswith(f"{path}: registry: ") and reason in str(caught.value)
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["sqlite:///a/b.db", "postgresql://host/db", "postgresql+psycopg://u:p@host:5432/db"])
+def test_registries_that_can_be(tmp_path: Path, url: str) -> None:
+    assert Project.load(write(tmp_path, f"model: a/b\nregistry: {url}\n")).registry == url
+
+
+def test_one_name_for_a_model_however_it_is_spelt(tmp_path: Path) -> None:
+    spelt = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    for model in (spelt, spelt.lower(), spelt.upper()):
+        assert Project(model=model).model_name == Project(model=model).geometry().model == spelt
+    assert Project(model="smollm2-135m").model_name == "SmolLM2-135M"
+    assert Project(model="Nobody/Unknown").model_name == "Nobody/Unknown"
+    assert Project(model=spelt.lower(), name="ours").model_name == "ours"
+
+
+@pytest.mark.parametrize(
+    "model, hub_id",
+    [
+        ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M"),
+        ("Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),  # an alias in the card of Llama-3-8B, whose first id is another
+        ("gpt2", "openai-community/gpt2"),
+        ("huggingfacetb/smollm2-135m", None),
+        ("nobody/unknown", None),
+        ("nowhere", None),
+    ],
+)
+def test_the_hub_id_behind_a_card(model: str, hub_id: str | None) -> None:
+    assert Project(model=model).hub_id == hub_id
+
+
+def test_a_folder_goes_before_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_llama(tmp_path / "gpt2")
+    assert Project(model="gpt2").hub_id is None and Project(model="gpt2").model_name == "gpt2"
 
 
 def test_write_and_read_again(tmp_path: Path) -> None:

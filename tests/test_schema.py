@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -14,6 +16,7 @@ from multisbora.allocator import allocate
 from multisbora.geometry import Geometry, Matrix
 from multisbora.registry import Registry, schema
 from multisbora.registry.database import VERSION_TABLE
+from multisbora.registry.migrations.guards import guards
 
 GEOMETRY = Geometry(
     "tiny",
@@ -40,11 +43,15 @@ def past_the_api(url: str) -> Iterator[sa.Connection]:
 def filled(store_url: str) -> str:
     """Two tasks of columns and one of rows in composition one, another of columns in two; ids 1 to 4."""
     with Registry.open(store_url) as registry:
-        options = {"rank": 4, "target_modules": "all-linear"}
-        allocate(registry, GEOMETRY, ["math", "code"], composition="one", **options)  # type: ignore[arg-type]
-        allocate(registry, GEOMETRY, ["rows"], variant="fb", composition="one", **options)  # type: ignore[arg-type]
-        allocate(registry, GEOMETRY, ["law"], composition="two", **options)  # type: ignore[arg-type]
+        give(registry)
     return store_url
+
+
+def give(registry: Registry) -> None:
+    options = {"rank": 4, "target_modules": "all-linear"}
+    allocate(registry, GEOMETRY, ["math", "code"], composition="one", **options)  # type: ignore[arg-type]
+    allocate(registry, GEOMETRY, ["rows"], variant="fb", composition="one", **options)  # type: ignore[arg-type]
+    allocate(registry, GEOMETRY, ["law"], composition="two", **options)  # type: ignore[arg-type]
 
 
 def refused(url: str, *statements: str) -> str:
@@ -65,7 +72,7 @@ def test_a_double_claim(filled: str) -> None:
     assert theirs is not None
     composition, matrix, axis, channel, _, thief = theirs
     words = refused(filled, f"INSERT INTO claims VALUES ({composition}, {matrix}, {axis}, {channel}, {thief})")
-    assert "UNIQUE constraint failed: claims" in words or 'unique constraint "claims_pkey"' in words
+    assert "has this unique claim already" in words or 'unique constraint "claims_pkey"' in words
 
 
 @pytest.mark.parametrize(
@@ -111,7 +118,10 @@ def test_two_owners_of_a_crossing(filled: str) -> None:
         ("UPDATE tasks SET variant = 'fb' WHERE id = 1", "keeps its model"),
         ("UPDATE tasks SET rank = 1 WHERE id = 1", "keeps its model"),
         ("UPDATE tasks SET stage = 'nonsense'", "constraint"),
-        ("UPDATE tasks SET role = 'nonsense'", "constraint"),
+        ("INSERT INTO tasks (model_id, name, variant, rank, role) VALUES (1, 'x', 'fa', 1, 'nonsense')", "constraint"),
+        ("UPDATE tasks SET role = 'nonsense' WHERE id = 1", "its role"),
+        ("UPDATE tasks SET role = 'protected' WHERE id = 1", "its role"),
+        ("UPDATE tasks SET role = 'released' WHERE id = 1", "its role"),
         ("UPDATE tasks SET name = 'code' WHERE id = 1", "unique"),
         ("UPDATE regions SET task_id = 2 WHERE task_id = 1", "regions never change"),
         ("DELETE FROM regions WHERE task_id = 1", "a composition has this task"),
@@ -172,8 +182,120 @@ def test_migrations_lead_to_the_tables_of_the_code(filled: str) -> None:
             "sqlite": "SELECT name FROM sqlite_master WHERE type = 'trigger'",
             "postgresql": "SELECT tgname FROM pg_trigger WHERE NOT tgisinternal",
         }[connection.dialect.name]
-        assert set(connection.exec_driver_sql(query).scalars()) == schema.GUARDS
+        assert set(connection.exec_driver_sql(query).scalars()) == set(guards(connection.dialect.name))
 
 
 def _ours(_object: object, name: str | None, *_rest: object) -> bool:
     return name != VERSION_TABLE
+
+
+ROW = "INSERT OR REPLACE INTO {0} SELECT {1} FROM {0}"
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        (ROW.format("events", "id, at, 'forged', action, model, composition, task, detail"), "append-only"),
+        (ROW.format("tasks", "id, model_id, name, 'fb', rank, role, stage"), "unique"),
+        ("REPLACE INTO tasks (model_id, name, variant, rank) VALUES (1, 'math', 'fb', 1)", "unique"),
+        ("UPDATE OR REPLACE tasks SET name = 'code' WHERE id = 1", "unique"),
+        (ROW.format("regions", "task_id, matrix_id, x'01000000'"), "has this task already"),
+        ("REPLACE INTO yields VALUES (3, 1)", "has this task already"),
+        (ROW.format("memberships", "id, task_id, 2"), "unique"),
+        ("REPLACE INTO memberships (task_id, composition_id) VALUES (1, 1)", "unique"),
+        (
+            "REPLACE INTO claims SELECT composition_id, matrix_id, axis, channel, 2 FROM claims c "
+            "WHERE composition_id = 1 AND axis = 1",
+            "unique",
+        ),
+    ],
+)
+def test_no_replacing_in_sqlite(tmp_path: Path, statement: str, words: str) -> None:
+    """OR REPLACE deletes the row in its way without asking the triggers on deletion."""
+    url = f"sqlite:///{tmp_path / 'registry.db'}"
+    with Registry.open(url) as registry:
+        give(registry)
+    engine = sa.create_engine(url, poolclass=sa.NullPool)  # without foreign keys
+    before = contents(engine)
+    with pytest.raises(sa.exc.IntegrityError, match=words), engine.begin() as connection:
+        connection.exec_driver_sql(statement)
+    assert contents(engine) == before
+
+
+def contents(engine: sa.Engine) -> dict[str, list[tuple[object, ...]]]:
+    with engine.connect() as connection:
+        return {name: sorted(map(tuple, connection.execute(t.select()))) for name, t in schema.metadata.tables.items()}
+
+
+@pytest.mark.parametrize("table", list(schema.metadata.tables))
+def test_no_table_of_a_server_is_emptied_at_once(postgresql_url: str, table: str) -> None:
+    with Registry.open(postgresql_url) as registry:
+        give(registry)
+    assert "cannot be emptied at once" in refused(postgresql_url, f"TRUNCATE {table} CASCADE")
+
+
+def test_a_holder_is_retired_once_it_is_in_no_composition(filled: str) -> None:
+    leave = ["DELETE FROM claims WHERE membership_id = 4", "DELETE FROM memberships WHERE task_id = 4"]
+    assert "its role" in refused(filled, *leave, "UPDATE tasks SET role = 'protected' WHERE id = 4")
+    with past_the_api(filled) as connection:
+        for statement in (*leave, "UPDATE tasks SET role = 'released' WHERE id = 4"):
+            connection.exec_driver_sql(statement)
+    assert "its role" in refused(filled, "UPDATE tasks SET role = 'task' WHERE id = 4")
+
+
+# Writers that skip the lock of `Database.connect`.
+
+GUARDED = [
+    "INSERT INTO regions SELECT 5, 1, indices FROM regions WHERE task_id = 1 AND matrix_id = 1",
+    "INSERT INTO yields VALUES (5, 1)",
+    "INSERT INTO memberships (task_id, composition_id) VALUES (5, 1)",
+    "DELETE FROM memberships WHERE task_id = 4",
+    "INSERT INTO claims VALUES (1, 1, 1, 5, 1)",
+]
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+@pytest.mark.parametrize("statement", GUARDED)
+def test_guards_look_at_what_others_have_committed(postgresql_url: str, level: str, statement: str) -> None:
+    with Registry.open(postgresql_url) as registry:
+        give(registry)
+    with past_the_api(postgresql_url) as connection:
+        connection.exec_driver_sql("INSERT INTO tasks (model_id, name, variant, rank) VALUES (1, 'late', 'fb', 1)")
+        connection.exec_driver_sql("DELETE FROM claims")
+    assert "isolation level" in refused(postgresql_url, f"SET TRANSACTION ISOLATION LEVEL {level}", statement)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (GUARDED[2], GUARDED[0], "has this task already"),
+        (GUARDED[2], GUARDED[1], "has this task already"),
+        (GUARDED[0], GUARDED[2], "own the cells where they cross"),
+        (GUARDED[4], "DELETE FROM memberships WHERE id = 1", "has claims in this composition"),
+        ("DELETE FROM memberships WHERE id = 1", GUARDED[4], "outside its matrix"),
+    ],
+)
+def test_guards_make_each_other_wait(postgresql_url: str, first: str, second: str, words: str) -> None:
+    """Two transactions that break a rule together, where neither sees what the other has not committed yet."""
+    with Registry.open(postgresql_url) as registry:
+        give(registry)
+    with past_the_api(postgresql_url) as connection:
+        connection.exec_driver_sql("INSERT INTO tasks (model_id, name, variant, rank) VALUES (1, 'late', 'fb', 1)")
+        connection.exec_driver_sql("DELETE FROM claims")
+    outcome: list[str] = []
+
+    def other() -> None:
+        try:
+            with past_the_api(postgresql_url) as connection:
+                connection.exec_driver_sql(second)
+        except sa.exc.IntegrityError as error:
+            outcome.append(str(error.orig))
+
+    thread = threading.Thread(target=other)
+    with past_the_api(postgresql_url) as connection:
+        connection.exec_driver_sql(first)
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()
+    thread.join()
+    assert len(outcome) == 1 and words in outcome[0]

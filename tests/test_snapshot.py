@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -206,7 +208,8 @@ def test_a_registry_that_holds_something_gains_the_rest(content: dict[str, Any],
             ("import", "tiny", "second", "a"),
             ("import", "tiny", "second", "bee"),
         ]
-        assert new[3].detail == {"axis": "columns", "channels": {Q0: 2}}
+        digest = hashlib.sha256(json.dumps({Q0: [3, 5]}).encode()).hexdigest()
+        assert new[3].detail == {"axis": "columns", "matrices": 1, "channels": 2, "digest": digest}
         assert new[4].detail["claim_digest"] == registry.task("tiny", "a").digest
         after = json.loads(state(registry))["models"]
         assert after[1:] == content["models"]
@@ -264,7 +267,7 @@ def put(place: Any, key: Any, value: object) -> None:
             r"indices 0, 15; rename or release",
         ),
         (lambda c: put(holder(c, "bee"), "rank", 9), RegistryError, "'bee' .* differs: rank 2, in the file 9"),
-        (lambda c: put(holder(c, "bee"), "stage", "trained"), RegistryError, "stage allocated, in the file trained"),
+        (lambda c: put(holder(c, "#"), "stage", "trained"), RegistryError, "stage allocated, in the file trained"),
         (lambda c: holder(c, "bee")["regions"].pop(Q0), RegistryError, f"of {Q0}, in the file nothing"),
         (
             lambda c: holder(c, "rows")["yields"].pop(1),
@@ -372,8 +375,10 @@ def event(content: dict[str, Any]) -> dict[str, Any]:
         (lambda c: put(tiny(c), "model_type", None), "model 'tiny': model_type must be printable text"),
         (lambda c: put(tiny(c), "geometry_digest", "F" * 64), "model 'tiny': geometry_digest must be 64 hexadecimal"),
         (lambda c: tiny(c)["matrices"].append(tiny(c)["matrices"][0]), "matrix '.*' is given twice"),
-        (lambda c: put(tiny(c)["matrices"][0], "in_features", 0), "must be a whole number from 1 to 2147483647, got 0"),
-        (lambda c: put(tiny(c)["matrices"][0], "in_features", 2**31), "must be a whole number from 1 to 2147483647"),
+        (lambda c: put(tiny(c)["matrices"][0], "in_features", 0), "must be a whole number from 1 to 16777216, got 0"),
+        (lambda c: put(tiny(c)["matrices"][0], "in_features", 2**24 + 1), "from 1 to 16777216, got 16777217"),
+        (lambda c: put(holder(c, "bee"), "rank", 2**31), "must be a whole number from 1 to 2147483647"),
+        (lambda c: put(tiny(c), "matrices", []), "model 'tiny': matrices is empty: a model has one at least"),
         (lambda c: put(tiny(c)["matrices"][0], "in_features", 24.0), "must be a whole number .*got 24.0"),
         (lambda c: put(holder(c, "a"), "names", "x"), "unknown key 'names', did you mean 'name'"),
         (lambda c: put(holder(c, "bee"), "name", "a"), "model 'tiny': 'a' is listed twice"),
@@ -409,11 +414,34 @@ def event(content: dict[str, Any]) -> dict[str, Any]:
         (lambda c: tiny(c)["memberships"].pop(), "task 'bee' is in no composition"),
         (lambda c: put(event(c), "at", "yesterday"), r"history\[0\]\.at must be a time such as .*got 'yesterday'"),
         (lambda c: put(event(c), "at", 7), r"history\[0\]\.at must be a time"),
+        # Python 3.11 reads all of these as times, 3.10 none.
+        *(
+            (lambda c, at=at: put(event(c), "at", at), r"history\[0\]\.at must be a time such as")
+            for at in ("2026-W05-6", "20260131T120000Z", "2026-01-31T12:00:00Z", "2026-01-31", "2026-01-31T12")
+        ),
+        *(
+            (lambda c, at=at: put(event(c), "at", at), r"history\[0\]\.at must be a time such as")
+            for at in (
+                "2026-13-01T00:00:00+00:00",
+                "2026-01-01T24:00:00+00:00",
+                "2026-01-31T12:00:00+01:00",
+                "\u0662026-01-31T12:00:00+00:00",
+            )
+        ),
         (lambda c: put(event(c), "actor", "a\x00b"), r"history\[0\]\.actor must be printable text"),
         (lambda c: put(event(c), "action", "x" * 33), r"history\[0\]\.action must be printable text of at most 32"),
         (lambda c: put(event(c), "task", ""), "task name '' is not usable"),
         (lambda c: put(event(c), "detail", []), r"history\[0\]\.detail must be an object, got \[\]"),
         (lambda c: put(event(c), "detail", {"x": float("nan")}), "is no valid JSON"),
+        (
+            lambda c: put(event(c), "detail", {"a\x1b[2J": 1}),
+            r"detail has key 'a\\x1b\[2J', which is not printable text",
+        ),
+        (
+            lambda c: put(event(c), "detail", {"x": [{"y" * 101: 1}]}),
+            r"has key 'y+, which is .* at most 100 characters",
+        ),
+        (lambda c: put(event(c), "detail", {"x": [[[[[[[[]]]]]]]]}), "detail nests deeper than 8 levels"),
         (lambda c: put(event(c), "detail", {"x": {1}}), "is no valid JSON: .*set is not JSON serializable"),
     ],
 )
@@ -444,6 +472,96 @@ def test_hostile_text(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         parse(text)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_an_older_file_takes_no_training_back(content: dict[str, Any], store_url: str) -> None:
+    """Stages only go on: what was trained since the export stays trained."""
+    with Registry.open(store_url) as registry:
+        load(registry, content)
+        registry.mark(registry.task("tiny", "bee", "second"), "trained")
+        registry.mark(registry.task("tiny", "rows"), "training")
+        before = state(registry)
+        assert load(registry, content) == Imported((), (), (), 0, 4, 0)
+        assert state(registry) == before
+
+
+def test_a_newer_file_brings_the_stage(content: dict[str, Any]) -> None:
+    newer = copy.deepcopy(content)
+    put(holder(newer, "bee"), "stage", "trained")
+    put(holder(newer, "rows"), "stage", "training")
+    put(holder(newer, "a"), "stage", "allocated")
+    with filled() as registry:
+        before = registry.events()
+        found = load(registry, newer, dry_run=True)
+        assert registry.task("tiny", "bee", "second").stage == "allocated"
+        assert load(registry, newer) == found
+        assert found == Imported((), (), (), 0, 4, 0, (("tiny", "rows"), ("tiny", "bee")))
+        assert found.to_json()["advanced"] == (("tiny", "rows"), ("tiny", "bee"))
+        bee = registry.task("tiny", "bee", "second")
+        assert (bee.stage, registry.task("tiny", "rows").stage) == ("trained", "training")
+        assert registry.task("tiny", "a").stage == "trained"
+        new = registry.events()[len(before) :]
+        assert [(e.action, e.task) for e in new] == [("training", "rows"), ("trained", "bee")]
+        assert new[1].detail == {"claim_digest": bee.digest, "source": "import"}
+        state(registry)
+
+
+def test_the_order_of_matrices_in_a_file_stands_for_nothing(content: dict[str, Any]) -> None:
+    changed = copy.deepcopy(content)
+    for model in changed["models"]:
+        rows = model["matrices"]
+        rows[:] = [rows[-1], *rows[1:-1], rows[0]]
+        for held in model["holders"]:
+            held["regions"] = dict(reversed(held["regions"].items()))
+    with empty() as registry, filled() as first:
+        load(registry, changed)
+        assert state(registry) == dumps(content)
+        assert registry.named(GEOMETRY) == GEOMETRY
+        assert load(first, changed) == Imported((), (), (), 0, 4, 0)
+        give(registry, "more", composition="third", target_modules="all-linear")
+        give(first, "more", composition="third", target_modules="all-linear")
+        assert registry.claims("tiny", "third") == first.claims("tiny", "third")
+
+
+def test_rows_in_another_order_are_exported_in_the_geometry_s(content: dict[str, Any]) -> None:
+    with filled() as registry:
+        with registry.transaction() as ledger:
+            run = ledger.connection.exec_driver_sql
+            run("PRAGMA defer_foreign_keys = ON")
+            for trigger in ("regions_fixed", "claims_fixed"):
+                run(f"DROP TRIGGER {trigger}")
+            for table, column in (("matrices", "id"), ("regions", "matrix_id"), ("claims", "matrix_id")):
+                run(f"UPDATE {table} SET {column} = 100 - {column}")
+        assert json.dumps(export_past_the_guards(registry)["models"]) == json.dumps(content["models"])
+
+
+def export_past_the_guards(registry: Registry) -> dict[str, Any]:
+    """As `export`, of a store whose triggers were dropped."""
+    from multisbora.registry.rows import read
+    from multisbora.registry.snapshot import _document
+
+    with registry.reading() as reader:
+        return _document(read(reader.connection)).to_json()
+
+
+def test_a_long_axis_costs_nothing(content: dict[str, Any]) -> None:
+    """A file of a kilobyte that says that an axis is very long takes no memory for it."""
+    wide = Geometry("wide", "x", (Matrix("h.0.a", "h.0.a.weight", 2**24, 2**24),))
+    with empty() as registry:
+        with registry.transaction() as ledger:
+            ledger.register(wide)
+        text = export(registry)
+    region = {"variant": "fa", "rank": 2, "stage": "allocated", "yields": [], "regions": {"h.0.a": [0, 2**24 - 1]}}
+    text["models"][0]["holders"] = [{"name": "a", "role": "task", **region}]
+    text["models"][0]["memberships"] = [{"composition": f"c{i}", "task": "a"} for i in range(9)]
+    with empty() as registry:
+        tracemalloc.start()
+        try:
+            load(registry, {**text, "history": []})
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 2**24 and len(registry.compositions("wide")) == 9
 
 
 def test_a_number_beyond_all_numbers(content: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from ..errors import MultisboraError, RegistryError
 from ..region import VARIANTS, own_axis
 from .claims import check_name
+from .ledger import LARGEST_AXIS, LONGEST, is_text
 from .replay import disagreements
 from .rows import Holder, Rows, Stored, geometry_digests, read, shown
 from .schema import claims
@@ -67,7 +68,8 @@ class _Found:
         self._lines: dict[str, list[str]] = {kind: [] for kind in _KINDS}
 
     def add(self, kind: str, line: str) -> None:
-        self._lines[kind].append(line)
+        # Names in it can be anything, and a line stays one.
+        self._lines[kind].append("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
     def lines(self) -> Iterator[str]:
         for kind, found in self._lines.items():
@@ -135,11 +137,17 @@ def _check_models(rows: Rows, found: _Found) -> None:
     for matrix in rows.matrices.values():
         if matrix.model_id not in rows.models:
             found.add("rows", f"matrix {shown(matrix.module)} is of model number {matrix.model_id}, which is not there")
-        if min(matrix.out_features, matrix.in_features) < 1:
+        if not 1 <= min(matrix.out_features, matrix.in_features) <= max(matrix[-2:]) <= LARGEST_AXIS:
             found.add("rows", f"matrix {shown(matrix.module)} is {matrix.out_features} x {matrix.in_features}")
     for model in rows.models.values():
         if model.geometry_digest not in geometry_digests(rows, model):
             found.add("rows", f"the matrices of {model.name} are not those of its geometry digest")
+    texts = [("model", text) for row in rows.models.values() for text in (row.name, row.model_type)]
+    for what, text in (*texts, *(("matrix", row.module) for row in rows.matrices.values())):
+        if not is_text(text):
+            found.add(
+                "names", f"{what} name or type {shown(text)} is not printable text of at most {LONGEST} characters"
+            )
     for what, held in (
         ("model", [(None, model.name) for model in rows.models.values()]),
         ("composition", [(row.model_id, row.name) for row in rows.compositions.values()]),

@@ -6,12 +6,14 @@ the other, and what a driver says when it fails becomes one line.
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus, unquote
 
 import sqlalchemy as sa
 
@@ -26,6 +28,14 @@ POLL_SECONDS = 0.005
 MIGRATION_PATIENCE = 0.5  # seconds that one waits for the lock to make the tables before looking whether they are there
 CONNECT_SECONDS = 10
 _LOCK = 0x6D756C7469  # "multi": the advisory lock that PostgreSQL's writers take
+_HIDDEN = "***"
+
+# PostgreSQL's codes, appendix A of its manual.
+_LOCK_TIMEOUT = "55P03"
+_CROSSED_WRITERS = frozenset({"40001", "40P01"})  # serialization failure, deadlock
+_NO_RIGHT = frozenset({"25006", "42501"})  # read-only transaction, no privilege
+_DISK_FULL = "53100"
+_SHUT_DOWN = frozenset({"57P01", "57P02", "57P03"})
 
 # SQLite's write-ahead log is shared memory between processes, which these do not share between hosts.
 _NETWORK = frozenset(
@@ -65,7 +75,7 @@ class Database:
                 multisbora store, one of a newer schema, or not writable.
         """
         parsed = _parse(url)
-        where = parsed.render_as_string(hide_password=True)
+        where = _shown(parsed)
         file = _file(parsed)
         options: dict[str, Any] = {}
         if parsed.get_backend_name() == "postgresql":
@@ -75,16 +85,14 @@ class Database:
             options = {"poolclass": sa.StaticPool}
         try:
             engine = sa.create_engine(parsed, **options)
-        except sa.exc.NoSuchModuleError:
-            raise RegistryError(f"registry {where}: unknown driver: write postgresql+psycopg://...") from None
         except ImportError as error:
             raise RegistryError(
                 f"registry {where}: its driver {error.name} is not installed: pip install 'multisbora[postgres]'"
             ) from None
         if engine.dialect.name == "sqlite":
-            _prepare_sqlite(engine)
+            _prepare_sqlite(engine, where)
             if file is not None:
-                _prepare_file(file, where, create)
+                _prepare_file(file, where, create and parsed.query.get("mode") not in ("ro", "rw"))
         else:
             _prepare_postgresql(engine)
         database = cls(engine, where)
@@ -135,12 +143,19 @@ class Database:
                 "run multisbora registry check, then try again"
             ) from error
         except sa.exc.DBAPIError as error:
-            text = _first_line(error)
-            if "locked" in text or "lock timeout" in text:
+            text, state = _first_line(error), _sqlstate(error)
+            if state == _LOCK_TIMEOUT or (self.dialect == "sqlite" and "locked" in text):
                 raise _BusyError(
                     f"registry {self.where} stayed busy for {seconds:g} s: another process holds it; try again"
                 ) from error
-            raise RegistryError(_explain(self.where, error, text, outcome)) from error
+            if state in _CROSSED_WRITERS:
+                raise _BusyError(
+                    f"registry {self.where} was busy with another writer, nothing was written ({text}): run it again"
+                ) from error
+            explain = _explain_sqlite if self.dialect == "sqlite" else _explain_postgresql
+            known = explain(error, text, outcome)
+            fallback = f"failed, nothing was written ({text}): see multisbora registry check"
+            raise RegistryError(f"registry {self.where} {known or fallback}") from error
 
     def _migrate(self, create: bool) -> None:
         deadline = time.monotonic() + BUSY_SECONDS
@@ -165,10 +180,15 @@ class Database:
         """The revision of the tables that are there; None where there are none of ours."""
         present = set(sa.inspect(connection).get_table_names())
         if VERSION_TABLE in present:
-            return str(connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalar_one())
+            versions = connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalars().all()
+            if len(versions) == 1 and re.fullmatch("(?!0000)[0-9]{4}", str(versions[0])):
+                return str(versions[0])
+            raise self._damaged(VERSION_TABLE, versions)
         if _FIRST_VERSION_TABLE in present:
-            number = connection.exec_driver_sql(f"SELECT max(version) FROM {_FIRST_VERSION_TABLE}").scalar_one()
-            return f"{number:04}"
+            numbers = connection.exec_driver_sql(f"SELECT version FROM {_FIRST_VERSION_TABLE}").scalars().all()
+            if numbers == [1]:
+                return "0001"
+            raise self._damaged(_FIRST_VERSION_TABLE, numbers)
         # Beside tables of others PostgreSQL may hold a registry as well; a file is one or it is not.
         foreign = present if self.dialect == "sqlite" else present & set(metadata.tables)
         if foreign:
@@ -176,6 +196,12 @@ class Database:
                 f"registry {self.where} is a database of something else (table {min(foreign)}): give another one"
             )
         return None
+
+    def _damaged(self, table: str, versions: Sequence[object]) -> RegistryError:
+        there = ", ".join(str(version)[:20] for version in versions[:3]) or "none"
+        return RegistryError(
+            f"registry {self.where} is damaged: restore it (its table {table} must hold one version and has {there})"
+        )
 
 
 def _upgrade(connection: sa.Connection, version: str | None, where: str) -> None:
@@ -198,24 +224,47 @@ def _parse(url: str) -> sa.URL:
     try:
         parsed = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError):
-        shown = url.rpartition("@")[2]  # no password
+        # What cannot be taken apart may have a password anywhere.
+        scheme, colon, _ = url.partition(":")
+        shown = f"{scheme}:..." if colon and ("@" in url or "?" in url) else url
         raise RegistryError(
             f"registry URL {shown!r} is not usable: write sqlite:///path/to/registry.db or "
             "postgresql+psycopg://user:password@host/database"
         ) from None
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
-    if parsed.drivername.partition("+")[0] not in ("sqlite", "postgresql"):
-        shown = parsed.render_as_string(hide_password=True)
-        raise RegistryError(f"registry URL {shown!r} is not usable: use sqlite:/// or postgresql+psycopg://")
+    backend, _, driver = parsed.drivername.partition("+")
+    hint = {
+        "sqlite": "write sqlite:///path/to/registry.db",
+        "postgresql": "write postgresql+psycopg://user:password@host/database",
+    }.get(backend)
+    if hint is None:
+        raise RegistryError(f"registry URL {_shown(parsed)!r} is not usable: use sqlite:/// or postgresql+psycopg://")
+    if driver not in (("", "pysqlite") if backend == "sqlite" else ("psycopg",)):
+        raise RegistryError(f"registry URL {_shown(parsed)!r} names driver {driver!r}, which is not supported: {hint}")
     return parsed
 
 
+def _shown(url: sa.URL) -> str:
+    """The URL for messages: no password, neither before the host nor in the query; paths as they were written."""
+    secret = {key: _HIDDEN for key in url.query if "pass" in key.lower() or "secret" in key.lower()}
+    text = url.update_query_dict(secret).render_as_string(hide_password=True)
+    text = text.replace(quote_plus(_HIDDEN), _HIDDEN)
+    return unquote(text) if url.get_backend_name() == "sqlite" else text
+
+
 def _file(url: sa.URL) -> Path | None:
+    """The file that SQLite will open; None for a server, and for a store in memory."""
     if url.get_backend_name() != "sqlite" or url.database in (None, "", ":memory:"):
         return None
     assert url.database is not None
-    return None if url.database.startswith("file:") else Path(url.database)
+    if not url.database.startswith("file:") or str(url.query.get("uri", "")).lower() not in ("1", "true", "yes", "on"):
+        return Path(url.database)
+    path = url.database.removeprefix("file:")
+    if path.startswith("//"):  # an authority, empty or "localhost"
+        path = "/" + path[2:].partition("/")[2]
+    path = unquote(path)
+    return None if path in ("", ":memory:") or url.query.get("mode") == "memory" else Path(path)
 
 
 def _prepare_file(path: Path, where: str, create: bool) -> None:
@@ -252,7 +301,7 @@ def _file_system(path: Path) -> str:
     return max(reversed(around), key=lambda mount: len(mount.mountpoint)).fstype.lower() if around else ""
 
 
-def _prepare_sqlite(engine: sa.Engine) -> None:
+def _prepare_sqlite(engine: sa.Engine, where: str) -> None:
     @sa.event.listens_for(engine, "connect")
     def _(connection: sqlite3.Connection, _record: object) -> None:
         connection.isolation_level = None  # the module begins no transactions of its own; "begin" below does
@@ -261,7 +310,12 @@ def _prepare_sqlite(engine: sa.Engine) -> None:
         deadline = time.monotonic() + BUSY_SECONDS
         while connection.execute("PRAGMA journal_mode").fetchone()[0] not in ("wal", "memory"):
             try:
-                connection.execute("PRAGMA journal_mode = WAL")
+                (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+                if mode not in ("wal", "memory"):
+                    raise RegistryError(
+                        f"registry {where}: its file system or VFS has no write-ahead log (SQLite answers {mode!r}): "
+                        "put it on a local disk, or use postgresql+psycopg://user:password@host/database"
+                    )
             except sqlite3.OperationalError as error:
                 # The busy timeout does not cover this switch, which the first few processes may all be making.
                 if "locked" not in str(error) or time.monotonic() > deadline:
@@ -300,6 +354,8 @@ def _prepare_postgresql(engine: sa.Engine) -> None:
     def _(connection: sa.Connection) -> None:
         options = connection.get_execution_options()
         if options.get("multisbora_write", False):
+            # Whatever the role's default: what the writers before have written must be seen after the lock.
+            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{int(1000 * options['multisbora_patience'])}ms'")
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
         else:
@@ -310,13 +366,29 @@ def _first_line(error: sa.exc.DBAPIError) -> str:
     return (str(error.orig).strip() or type(error.orig).__name__).splitlines()[0]
 
 
-def _explain(where: str, error: sa.exc.DBAPIError, text: str, outcome: str) -> str:
+def _sqlstate(error: sa.exc.DBAPIError) -> str:
+    """PostgreSQL's code for what happened, which is the same in every language; "" where there is none."""
+    return getattr(error.orig, "sqlstate", None) or ""
+
+
+def _explain_sqlite(_error: sa.exc.DBAPIError, text: str, _outcome: str) -> str | None:
     if "not a database" in text or "malformed" in text:
-        return f"registry {where} is no SQLite database, or a damaged one: restore it, or give another file"
-    if "readonly" in text or "unable to open" in text or "read-only" in text:
-        return f"registry {where} cannot be opened for writing ({text}): check its folder and your rights there"
-    if "disk is full" in text or "No space left" in text:
-        return f"registry {where}: its disk is full, nothing was written: free some space and try again"
-    if where.startswith("postgresql") and isinstance(error, sa.exc.OperationalError):
-        return f"registry {where} cannot be reached, {outcome} ({text}): check the server, then try again"
-    return f"registry {where} failed, nothing was written ({text}): see multisbora registry check"
+        return "is no SQLite database, or a damaged one: restore it, or give another file"
+    if "readonly" in text or "unable to open" in text:
+        return f"cannot be opened for writing ({text}): check its folder and your rights there"
+    if "disk is full" in text:
+        return "cannot grow, its disk is full, nothing was written: free some space and try again"
+    return None
+
+
+def _explain_postgresql(error: sa.exc.DBAPIError, text: str, outcome: str) -> str | None:
+    state = _sqlstate(error)
+    if state in _NO_RIGHT:
+        return f"cannot be written or read by you ({text}): ask for the right to write there"
+    if state == _DISK_FULL:
+        return "cannot grow, its disk is full, nothing was written: free some space and try again"
+    # Without a code, it is the driver that says so: no connection was made, or it broke.
+    gone = state.startswith("08") or state in _SHUT_DOWN or (not state and isinstance(error, sa.exc.OperationalError))
+    if gone or error.connection_invalidated:
+        return f"cannot be reached, {outcome} ({text}): check the server, then try again"
+    return None

@@ -14,12 +14,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from ..errors import UsageError
 from ..region import VARIANTS, Variant, own_axis
 from .claims import Event, check_name
+from .ledger import LARGEST_AXIS, LONGEST, TIME, detail_fault, is_text
 from .rows import shown
 
 FORMAT = 1
@@ -31,7 +31,6 @@ _MATRIX_KEYS = ("module", "out_features", "in_features")
 _HOLDER_KEYS = ("name", "role", "variant", "rank", "stage", "yields", "regions")
 _EVENT_KEYS = ("at", "actor", "action", "model", "composition", "task", "detail")
 _LARGEST = 2**31 - 1  # of PostgreSQL's INTEGER
-_LONGEST = 1000  # characters of a name that is not a task's or composition's
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -194,9 +193,11 @@ def _model(value: object, where: str) -> Model:
         if module in matrices:
             raise _fault(f"{where}: matrix {shown(module)}", "is given twice")
         matrices[module] = (
-            _whole(matrix["out_features"], f"{place}.out_features"),
-            _whole(matrix["in_features"], f"{place}.in_features"),
+            _whole(matrix["out_features"], f"{place}.out_features", LARGEST_AXIS),
+            _whole(matrix["in_features"], f"{place}.in_features", LARGEST_AXIS),
         )
+    if not matrices:
+        raise _fault(f"{where}: matrices", "is empty: a model has one at least")
     holders = _holders(content["holders"], where, matrices)
     memberships = _memberships(content["memberships"], where, {held.name for held in holders if held.role == "task"})
     return Model(name, _text(content["model_type"], f"{where}: model_type"), digest, matrices, holders, memberships)
@@ -255,7 +256,7 @@ def _regions(
     for module, indices in value.items():
         where = f"{place}: region of {shown(module)}"
         if module not in matrices:
-            near = difflib.get_close_matches(module[:_LONGEST], matrices, n=1)
+            near = difflib.get_close_matches(module[:LONGEST], matrices, n=1)
             raise _fault(where, "is of a matrix that the model does not list" + _near(near))
         if not isinstance(indices, list) or set(map(type, indices)) != {int}:
             raise _fault(where, f"must be a list of whole numbers, got {shown(indices)}")
@@ -284,22 +285,16 @@ def _memberships(value: object, where: str, tasks: set[str]) -> tuple[tuple[str,
 def _event(value: object, where: str) -> Event:
     content = _object(value, where, _EVENT_KEYS)
     at = content["at"]
-    try:
-        if not isinstance(at, str) or len(at) > 32:
-            raise ValueError
-        datetime.fromisoformat(at)
-    except ValueError:
-        raise _fault(f"{where}.at", f"must be a time such as 2026-01-31T12:00:00+00:00, got {shown(at)}") from None
+    if not isinstance(at, str) or not TIME.fullmatch(at):
+        raise _fault(f"{where}.at", f"must be a time such as 2026-01-31T12:00:00+00:00, got {shown(at)}")
     for key in ("composition", "task"):
         if content[key] is not None:
             check_name(content[key], key)
     detail = content["detail"]
     if not isinstance(detail, dict):
         raise _fault(f"{where}.detail", f"must be an object, got {shown(detail)}")
-    try:
-        json.dumps(detail, allow_nan=False)
-    except (ValueError, RecursionError):  # 1e999 is valid JSON, and infinite
-        raise _fault(f"{where}.detail", "holds a number out of range") from None
+    if fault := detail_fault(detail):
+        raise _fault(f"{where}.detail", fault)
     actor, model = _text(content["actor"], f"{where}.actor"), _text(content["model"], f"{where}.model")
     action = _text(content["action"], f"{where}.action", 32)
     return Event(at, actor, action, model, content["composition"], content["task"], detail)
@@ -310,7 +305,7 @@ def _object(value: object, where: str, keys: tuple[str, ...]) -> dict[str, Any]:
         raise _fault(where, f"must be an object with {', '.join(keys)}, got {shown(value)}")
     for key in value:
         if key not in keys:
-            near = difflib.get_close_matches(key[:_LONGEST], keys, n=1)
+            near = difflib.get_close_matches(key[:LONGEST], keys, n=1)
             raise _fault(where, f"has an unknown key {shown(key)}" + _near(near, f" (known: {', '.join(keys)})"))
     for key in keys:
         if key not in value:
@@ -324,16 +319,15 @@ def _list(value: object, where: str) -> list[Any]:
     return value
 
 
-def _text(value: object, where: str, longest: int = _LONGEST) -> str:
-    # Printable: neither control characters nor halves of characters, which a database refuses.
-    if not isinstance(value, str) or not value or len(value) > longest or not value.isprintable():
+def _text(value: object, where: str, longest: int = LONGEST) -> str:
+    if not isinstance(value, str) or not is_text(value, longest):
         raise _fault(where, f"must be printable text of at most {longest} characters, got {shown(value)}")
     return value
 
 
-def _whole(value: object, where: str) -> int:
-    if type(value) is not int or not 1 <= value <= _LARGEST:
-        raise _fault(where, f"must be a whole number from 1 to {_LARGEST}, got {shown(value)}")
+def _whole(value: object, where: str, largest: int = _LARGEST) -> int:
+    if type(value) is not int or not 1 <= value <= largest:
+        raise _fault(where, f"must be a whole number from 1 to {largest}, got {shown(value)}")
     return value
 
 

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import json
+import math
 import os
+import re
 import socket
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
+from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 
-from ..errors import RegistryError
+from ..errors import RegistryError, UsageError
 from ..geometry import Geometry
 from ..region import Variant, own_axis
 from .claims import TaskClaims
-from .reader import STORED, Reader, joined, unpack
+from .reader import STORED, Reader, joined
 from .schema import claims, compositions, events, matrices, memberships, models, regions, tasks, yields
+
+LONGEST = 1000  # characters of a text that is not the name of a task or composition
+LARGEST_AXIS = 2**24  # no model comes near, and what is sized by an axis stays small
+# An event's time as `record` writes it. What `datetime.fromisoformat` takes differs between versions of Python.
+TIME = re.compile(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\d\+00:00", re.ASCII)
+_LONGEST_KEY = 100  # characters of a key in an event's detail
+_DEEPEST = 8  # levels of an event's detail
 
 
 class Ledger(Reader):
@@ -28,9 +39,18 @@ class Ledger(Reader):
 
         Raises:
             RegistryError: the name stands for a model with other matrices.
+            UsageError: a name that cannot travel in a file, or an axis longer than 2^24.
         """
+        for text in (geometry.model, geometry.model_type, *(matrix.module for matrix in geometry.matrices)):
+            if not is_text(text):
+                raise UsageError(
+                    f"{text[:60]!r} cannot name a model, its type or a module in a registry: use printable text of at "
+                    f"most {LONGEST} characters (rename the model's folder, or correct its card)"
+                )
         if self._connection.execute(sa.select(models.c.id).where(models.c.name == geometry.model)).first():
             return self.named(geometry)
+        if wide := [matrix.module for matrix in geometry.matrices if max(matrix.shape) > LARGEST_AXIS]:
+            raise UsageError(f"{wide[0]} has an axis longer than {LARGEST_AXIS}: correct the model's card or files")
         row = {"name": geometry.model, "model_type": geometry.model_type, "geometry_digest": geometry.digest}
         model_id = self._insert(models, row)
         self._connection.execute(
@@ -143,7 +163,10 @@ class Ledger(Reader):
 
         Raises:
             RegistryError: it no longer holds what `claimed` says.
+            UsageError: a detail that is no JSON.
         """
+        found = {**(detail or {}), "claim_digest": claimed.digest}
+        _json(stage, found)
         now = self.memberships(claimed.model, claimed.task)
         if not now or next(iter(now.values())).digest != claimed.digest:
             raise RegistryError(
@@ -152,7 +175,6 @@ class Ledger(Reader):
             )
         task_id = self._task(claimed.model, claimed.task)
         self._connection.execute(tasks.update().where(tasks.c.id == task_id).values(stage=stage))
-        found = {"claim_digest": claimed.digest, **(detail or {})}
         self.record(stage, claimed.model, claimed.composition, claimed.task, found)
 
     def protect(self, model: str, axis: int, channels: Mapping[str, Sequence[int]]) -> None:
@@ -173,7 +195,7 @@ class Ledger(Reader):
         in_model = sa.select(compositions.c.id).where(compositions.c.model_id == model_id)
         for composition_id in self._connection.execute(in_model).scalars().all():
             self._join(task_id, composition_id)
-        self.record("protect", model, detail={"axis": ("rows", "columns")[axis], "channels": _counts(channels)})
+        self.record("protect", model, detail=protection(axis, channels))
 
     def unprotect(self, model: str) -> int:
         """Give every protected channel of a model free; returns how many there were. Masks of trained tasks stay.
@@ -192,7 +214,7 @@ class Ledger(Reader):
             raise RegistryError(f"no channel of {model} is protected: nothing to give free")
         count = 0
         for task_id in holders:
-            count += sum(len(indices) // STORED.itemsize for _, _, indices in self._regions([task_id]))
+            count += sum(len(indices) for _, _, indices in self._regions([task_id]))
             inside = sa.select(memberships.c.id, memberships.c.composition_id).where(memberships.c.task_id == task_id)
             for membership_id, composition_id in self._connection.execute(inside).all():
                 self._leave(membership_id, composition_id)
@@ -248,15 +270,23 @@ class Ledger(Reader):
         task: str | None = None,
         detail: Mapping[str, object] | None = None,
     ) -> None:
-        """Add a line to the history."""
+        """Add a line to the history.
+
+        Raises:
+            UsageError: a detail, or a name, that cannot be written down and read again; nothing is written.
+        """
+        if not is_text(action, 32) or not is_text(model):
+            raise UsageError(
+                f"action {action[:60]!r} of model {model[:60]!r}: both must be printable text, not too long"
+            )
         row = {
             "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "actor": f"{_user()}@{socket.gethostname()}",
+            "actor": "".join(c if c.isprintable() else "?" for c in f"{_user()}@{socket.gethostname()}")[:LONGEST],
             "action": action,
             "model": model,
             "composition": composition,
             "task": task,
-            "detail": json.dumps(dict(detail or {}), sort_keys=True),
+            "detail": _json(action, detail or {}),
         }
         self._connection.execute(events.insert().values(**row))
 
@@ -283,7 +313,7 @@ class Ledger(Reader):
         rows = [
             (composition_id, matrix_id, axis, channel, membership_id)
             for _, matrix_id, indices in self._regions([task_id])
-            for channel in unpack(indices)
+            for channel in indices.tolist()
         ]
         self._connection.exec_driver_sql(f"INSERT INTO claims ({names}) VALUES (?, ?, ?, ?, ?)", rows)
 
@@ -321,8 +351,45 @@ class Ledger(Reader):
         return int(key[0])  # type: ignore[index]
 
 
-def _counts(channels: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    return {module: len(indices) for module, indices in channels.items()}
+def is_text(value: object, longest: int = LONGEST) -> bool:
+    """Whether text is printable: without control characters, and halves of characters, which a database refuses."""
+    return isinstance(value, str) and 0 < len(value) <= longest and value.isprintable()
+
+
+def detail_fault(value: object, level: int = 1) -> str:
+    """Why something cannot be (in) the detail of an event: it is no JSON, or not such as a line has. "" if it can."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return "holds a number out of range" if isinstance(value, float) and not math.isfinite(value) else ""
+    if not isinstance(value, dict | list | tuple):
+        return f"holds a {type(value).__name__}, which is no JSON"
+    if level > _DEEPEST:
+        return f"nests deeper than {_DEEPEST} levels"
+    for key in value if isinstance(value, dict) else ():
+        if not isinstance(key, str) or len(key) > _LONGEST_KEY or not key.isprintable():
+            return f"has key {repr(key)[:60]}, which is not printable text of at most {_LONGEST_KEY} characters"
+    inner = value.values() if isinstance(value, dict) else value
+    return next(filter(None, (detail_fault(element, level + 1) for element in inner)), "")
+
+
+def protection(axis: int, channels: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What the history says of channels that are protected from now on: module -> rows (axis 0) or columns (axis 1)."""
+    content = json.dumps({module: sorted(indices) for module, indices in channels.items()}, sort_keys=True)
+    return {
+        "axis": ("rows", "columns")[axis],
+        "matrices": len(channels),
+        "channels": sum(map(len, channels.values())),
+        "digest": hashlib.sha256(content.encode()).hexdigest(),
+    }
+
+
+def _json(action: str, detail: Mapping[str, object]) -> str:
+    fault = detail_fault(dict(detail))
+    try:
+        if not fault:
+            return json.dumps(dict(detail), sort_keys=True, allow_nan=False)
+    except ValueError:
+        fault = "holds a whole number of too many digits"
+    raise UsageError(f"the detail of {action!r} for the registry's history {fault}: leave that out")
 
 
 def _user() -> str:

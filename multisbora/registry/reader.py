@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 
-from ..errors import RegistryError
+from ..errors import GeometryError, RegistryError
 from ..geometry import Geometry
-from ..region import Region, Variant
+from ..region import VARIANTS, Region, Variant, own_axis
 from .claims import Event, TaskClaims
 from .schema import compositions, events, matrices, memberships, models, regions, tasks, yields
 
@@ -37,7 +37,12 @@ class Holding:
 
 
 class Reader:
-    """What `Registry.reading` gives. Every method works on the one state that the transaction sees."""
+    """What `Registry.reading` gives. Every method works on the one state that the transaction sees.
+
+    Raises:
+        RegistryError: by any method, of rows that cannot be: a region that is no sorted list of indices on its axis,
+            an event whose detail is no JSON object.
+    """
 
     def __init__(self, connection: sa.Connection) -> None:
         self._connection = connection
@@ -93,7 +98,7 @@ class Reader:
             }
         names = self._modules(model)
         for task_id, matrix_id, indices in self._regions(found):
-            found[task_id].indices[names[matrix_id]] = np.frombuffer(indices, STORED)
+            found[task_id].indices[names[matrix_id]] = indices
         return list(found.values())
 
     def shapes(self, model: str) -> dict[str, tuple[int, int]]:
@@ -139,11 +144,10 @@ class Reader:
 
     def events(self) -> list[Event]:
         """The history of the store, oldest first."""
-        columns = [column for column in events.c if column.name != "id"]
-        rows = self._connection.execute(sa.select(*columns).order_by(events.c.id))
+        rows = self._connection.execute(sa.select(events).order_by(events.c.id))
         return [
-            Event(at, actor, action, model, composition, task, json.loads(detail))
-            for at, actor, action, model, composition, task, detail in rows
+            Event(at, actor, action, model, composition, task, _detail(event_id, action, detail))
+            for event_id, at, actor, action, model, composition, task, detail in rows
         ]
 
     def named(self, geometry: Geometry) -> Geometry:
@@ -159,12 +163,7 @@ class Reader:
         if known is None:
             return geometry
         if known == geometry.digest:
-            # The digest has the matrices in this order, so that the two lists match one by one.
-            modules = self.shapes(geometry.model)
-            if list(modules) == [matrix.module for matrix in geometry.matrices]:
-                return geometry
-            pairs = zip(geometry.matrices, modules, strict=True)
-            return replace(geometry, matrices=tuple(replace(matrix, module=module) for matrix, module in pairs))
+            return _renamed(geometry, self.shapes(geometry.model))
         raise RegistryError(
             f"model {geometry.model!r} is registered with other matrices (geometry {known[:12]}, now "
             f"{geometry.digest[:12]}): give this one another name, or use another registry"
@@ -195,24 +194,53 @@ class Reader:
         pairs = sa.select(yields).where(yields.c.task_id.in_(list(variants))).order_by(yields.c.keeper_id)
         for task_id, keeper_id in self._connection.execute(pairs):
             keepers.setdefault(task_id, []).append(keeper_id)
-        kept: dict[int, dict[int, bytes]] = {}
+        kept: dict[int, dict[int, Indices]] = {}
         for keeper_id, matrix_id, indices in self._regions({k for found in keepers.values() for k in found}):
             kept.setdefault(keeper_id, {})[matrix_id] = indices
         held: dict[int, dict[str, Region]] = {task_id: {} for task_id in variants}
         for task_id, matrix_id, indices in self._regions(variants):
-            crossed = b"".join(kept[k].get(matrix_id, b"") for k in keepers.get(task_id, ()) if k in kept)
-            excluded = tuple(np.unique(np.frombuffer(crossed, STORED)).tolist()) if crossed else ()
-            held[task_id][names[matrix_id]] = Region(variants[task_id], unpack(indices), excluded)
+            crossed = [kept[k][matrix_id] for k in keepers.get(task_id, ()) if matrix_id in kept.get(k, ())]
+            excluded = tuple(np.unique(np.concatenate(crossed)).tolist()) if crossed else ()
+            held[task_id][names[matrix_id]] = Region(variants[task_id], tuple(indices.tolist()), excluded)
         return [
             TaskClaims(model, digest, composition, task, variant, rank, held[task_id], stage)
             for task_id, model, digest, composition, task, variant, rank, stage in heads
         ]
 
-    def _regions(self, holders: Collection[int]) -> list[tuple[int, int, bytes]]:
-        """Rows of `regions`: (task id, matrix id, packed indices)."""
-        query = sa.select(regions).where(regions.c.task_id.in_(list(holders)))
-        rows = self._connection.execute(query.order_by(regions.c.task_id, regions.c.matrix_id)).all()
-        return cast("list[tuple[int, int, bytes]]", rows)
+    def _regions(self, holders: Collection[int]) -> list[tuple[int, int, Indices]]:
+        """Rows of `regions`: (task id, matrix id, sorted indices), by task and matrix.
+
+        Raises:
+            RegistryError: one is damaged; names it.
+        """
+        if not holders:
+            return []
+        columns = (tasks.c.id, tasks.c.name, tasks.c.variant, tasks.c.model_id)
+        query = sa.select(*columns).where(tasks.c.id.in_(list(holders)))
+        owners = {task_id: (name, variant, model) for task_id, name, variant, model in self._connection.execute(query)}
+        known = self._matrices({model_id for _, _, model_id in owners.values()})
+        # Without SQLAlchemy's type, which makes bytes of a number, and so would hide it.
+        stored = sa.type_coerce(regions.c.indices, sa.types.NullType())
+        rows = sa.select(regions.c.task_id, regions.c.matrix_id, stored).where(regions.c.task_id.in_(list(owners)))
+        found = []
+        for task_id, matrix_id, packed in self._connection.execute(rows.order_by(*regions.primary_key.columns)):
+            name, variant, model_id = owners[task_id]
+            module, out_features, in_features, of_model = known.get(matrix_id, ("", 0, 0, None))
+            if of_model != model_id:
+                raise damaged(f"task {name!r} has a region of matrix number {matrix_id}, which its model does not have")
+            if variant not in VARIANTS:
+                raise damaged(f"task {name!r} is of variant {variant!r}, which does not exist")
+            indices = _unpacked(packed, (out_features, in_features)[own_axis(variant)])
+            if indices is None:
+                raise damaged(f"the region of {module} of task {name!r} is no sorted list of indices on its axis")
+            found.append((task_id, matrix_id, indices))
+        return found
+
+    def _matrices(self, among: Collection[int]) -> dict[int, tuple[str, int, int, int]]:
+        """Matrices of models, by id: (module, out_features, in_features, id of the model)."""
+        columns = (matrices.c.id, matrices.c.module, matrices.c.out_features, matrices.c.in_features)
+        query = sa.select(*columns, matrices.c.model_id).where(matrices.c.model_id.in_(list(among)))
+        return {row[0]: (row[1], row[2], row[3], row[4]) for row in self._connection.execute(query)}
 
     def _model(self, name: str) -> int:
         found = self._connection.execute(sa.select(models.c.id).where(models.c.name == name)).scalar_one_or_none()
@@ -246,6 +274,51 @@ def joined() -> sa.Join:
     )
 
 
-def unpack(stored: bytes) -> tuple[int, ...]:
-    """Indices as `regions` holds them."""
-    return tuple(np.frombuffer(stored, STORED).tolist())
+def damaged(what: str) -> RegistryError:
+    """What is raised of a row that cannot be."""
+    return RegistryError(f"the registry is damaged ({what}): run multisbora registry check")
+
+
+def _unpacked(stored: object, size: int) -> Indices | None:
+    """Indices as `regions` holds them; None if they are no sorted indices on an axis of `size`."""
+    if not isinstance(stored, bytes) or not stored or len(stored) % STORED.itemsize:
+        return None
+    found = np.frombuffer(stored, STORED)
+    return found if found[-1] < size and bool((found[1:] > found[:-1]).all()) else None
+
+
+def _detail(event_id: int, action: str, stored: object) -> dict[str, Any]:
+    """The detail of an event."""
+    try:
+        found = json.loads(stored) if isinstance(stored, str) else None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise damaged(f"the detail of event {event_id}, {action!r}, is no JSON object")
+    return found
+
+
+def _renamed(geometry: Geometry, shapes: Mapping[str, tuple[int, int]]) -> Geometry:
+    """A geometry with its modules called as a registered model of the same digest calls them.
+
+    Neither order stands for anything: an imported model has its matrices in any, and two spellings sort differently.
+
+    Raises:
+        RegistryError: the registered modules are not these matrices, one by one.
+    """
+    own = {matrix.module: matrix.shape for matrix in geometry.matrices}
+    if own == shapes:
+        return geometry
+    names: dict[str, str] = {}
+    for module, shape in shapes.items():
+        try:
+            matrix = geometry.find(module)
+        except GeometryError as error:
+            raise damaged(f"registered matrix {module!r}: {error}") from None
+        if matrix.shape != shape or matrix.module in names:
+            what = f"is {shape[0]} x {shape[1]}" if matrix.shape != shape else "is registered twice, under two names"
+            raise damaged(f"matrix {module!r} of {geometry.model} {what}")
+        names[matrix.module] = module
+    if missing := own.keys() - names.keys():
+        raise damaged(f"matrix {min(missing)!r} of {geometry.model} is not registered")
+    return replace(geometry, matrices=tuple(replace(m, module=names[m.module]) for m in geometry.matrices))

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .rows import Holder, Line, Rows, geometry_digests, shown
+from .ledger import LONGEST, TIME, detail_fault, is_text
+from .reader import Reader
+from .rows import Holder, Line, Rows, events_of, geometry_digests, shown
 
 _JOINING = frozenset({"allocate", "join", "import"})
 _STAGES = frozenset({"allocated", "training", "trained"})
@@ -41,13 +43,16 @@ class History:
     Attributes:
         models: registered models -> geometry digest then.
         tasks: (model, task) -> its life; those that are still there.
-        protected: (model, "rows" or "columns", module) -> protected channels.
+        protected: (model, "rows" or "columns", digest of the channels) -> how often these were protected.
+        counted: (model, "rows" or "columns", module) -> channels that were protected by events without a digest, as
+            they were written at first.
         problems: one line for each event that does not follow from those before.
     """
 
     models: dict[str, object] = field(default_factory=dict)
     tasks: dict[tuple[str, str], Life] = field(default_factory=dict)
     protected: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    counted: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
 
@@ -59,8 +64,12 @@ def replay(events: Iterable[Line]) -> History:
         if detail is None:
             found.problems.append(f"event {event.id} ({event.action}): its detail is no JSON object")
             continue
+        if fault := detail_fault(detail):
+            found.problems.append(f"event {event.id} ({event.action}): its detail {fault}")
         if event.action == "register":
-            found.models[event.model] = detail.get("geometry_digest")
+            if event.model in found.models:
+                found.problems.append(f"event {event.id} registers model {shown(event.model)}, which was registered")
+            found.models.setdefault(event.model, detail.get("geometry_digest"))
             continue
         if event.model not in found.models:
             found.problems.append(
@@ -80,8 +89,9 @@ def _play(found: History, event: Line, detail: dict[str, Any]) -> str | None:
     if event.action == "protect" or (event.action == "import" and event.task is None):
         return _protect(found, event.model, detail)
     if event.action == "unprotect":
-        for key in [key for key in found.protected if key[0] == event.model]:
-            del found.protected[key]
+        for protected in (found.protected, found.counted):
+            for key in [key for key in protected if key[0] == event.model]:
+                del protected[key]
         return None
     if event.action not in _JOINING | _STAGES | {"release", "rename"}:
         return None
@@ -113,13 +123,16 @@ def _play(found: History, event: Line, detail: dict[str, Any]) -> str | None:
 
 
 def _protect(found: History, model: str, detail: dict[str, Any]) -> str | None:
-    axis, channels = detail.get("axis"), detail.get("channels")
+    axis, channels, digest = detail.get("axis"), detail.get("channels"), detail.get("digest")
+    if axis in ("rows", "columns") and isinstance(digest, str):
+        found.protected[model, axis, digest] += 1
+        return None
     if axis not in ("rows", "columns") or not isinstance(channels, dict):
         return "it does not say which channels"
+    if not all(type(count) is int for count in channels.values()):
+        return "it does not say which channels"
     for module, count in channels.items():
-        if type(count) is not int:
-            return "it does not say which channels"
-        found.protected[model, axis, module] += count
+        found.counted[model, axis, module] += count
     return None
 
 
@@ -144,9 +157,24 @@ def _detail(event: Line) -> dict[str, Any] | None:
     return detail if isinstance(detail, dict) else None
 
 
+def digests(reader: Reader, model: str, task: str) -> frozenset[str]:
+    """Every claim digest that a task's claims have or had since it holds them; empty if it holds none.
+
+    Its regions never change in that time, so an adapter that carries any of these was trained on them. There are
+    several where the digest itself was made another way before (schema 0002).
+    """
+    held = reader.memberships(model, task)
+    life = replay(events_of(reader.connection, model)).tasks.get((model, task))
+    now = {claims.digest for claims in held.values()}
+    return frozenset(now | life.digests.keys() if now and life else now)
+
+
 def disagreements(rows: Rows) -> Iterator[str]:
     """Where the history, and what it leaves, is not what the rows say is held; one line each."""
     history = replay(rows.events.values())
+    for event in rows.events.values():
+        if fault := _line_fault(event):
+            yield f"event {event.id} ({shown(event.action)}): {fault}"
     yield from history.problems
     registered = {model.name: model for model in rows.models.values()}
     for name in registered.keys() ^ history.models.keys():
@@ -179,7 +207,7 @@ def disagreements(rows: Rows) -> Iterator[str]:
             if after < before:
                 yield f"composition {name!r} of {model}: task {task!r} is out of the order of the history"
                 break
-    yield from _protected_faults(rows, history.protected)
+    yield from _protected_faults(rows, history)
 
 
 def _life_faults(
@@ -210,15 +238,34 @@ def _life_faults(
             return
 
 
-def _protected_faults(rows: Rows, history: Counter[tuple[str, str, str]]) -> Iterator[str]:
+def _line_fault(event: Line) -> str:
+    """Why an event could not be read again from a file, if it could not; its detail aside."""
+    if not TIME.fullmatch(event.at):
+        return f"its time is {shown(event.at)}"
+    texts = {"actor": (event.actor, LONGEST), "action": (event.action, 32), "model": (event.model, LONGEST)}
+    for what, (value, longest) in texts.items():
+        if not is_text(value, longest):
+            return f"its {what} is {shown(value)}, which is not printable text of at most {longest} characters"
+    return ""
+
+
+def _protected_faults(rows: Rows, history: History) -> Iterator[str]:
+    unknown = history.protected.copy()
     counts: Counter[tuple[str, str, str]] = Counter()
     for holder in rows.holders.values():
-        if holder.role == "protected":
-            for matrix_id, indices in rows.regions.get(holder.id, {}).items():
-                axis = "columns" if holder.variant == "fa" else "rows"
-                counts[rows.model(holder.model_id), axis, rows.matrix(matrix_id)] += len(indices)
-    for model, axis, module in sorted(counts.keys() | history.keys(), key=str):
-        there, by_history = counts[model, axis, module], history[model, axis, module]
+        if holder.role != "protected":
+            continue
+        model, axis = rows.model(holder.model_id), "columns" if holder.variant == "fa" else "rows"
+        held = {rows.matrix(matrix_id): indices.tolist() for matrix_id, indices in rows.regions[holder.id].items()}
+        digest = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+        if unknown[model, axis, digest]:
+            unknown[model, axis, digest] -= 1
+        else:
+            counts.update({(model, axis, module): len(indices) for module, indices in held.items()})
+    for model, axis, digest in sorted(unknown.elements(), key=str):
+        yield f"by the history other {axis} of {model} are protected, of digest {shown(digest[:12])}"
+    for model, axis, module in sorted(counts.keys() | history.counted.keys(), key=str):
+        there, by_history = counts[model, axis, module], history.counted[model, axis, module]
         if there != by_history:
             yield f"{there} {axis} of {module} of {model} are protected, by the history {by_history}"
 

@@ -171,32 +171,39 @@ def geometry_digests(rows: Rows, model: Model) -> set[str]:
     """The digests that a geometry with a model's matrices can have. None if no geometry has such.
 
     A store does not say whether the matrices lie transposed on disk, which is part of the digest. Before schema 0002
-    geometries had another digest, over the stored tensors in their order.
+    geometries had another digest, over the stored tensors in the geometry's order. That of the rows stands for nothing.
     """
     inside = [row for row in rows.matrices.values() if row.model_id == model.id]
     orientations: tuple[Literal["linear", "conv1d"], ...] = ("linear", "conv1d")
     digests = set()
     for orientation in orientations:
-        tensors = [[f"{row.module}.weight", row.out_features, row.in_features, orientation] for row in inside]
-        digests.add(hashlib.sha256(json.dumps(tensors, separators=(",", ":")).encode()).hexdigest())
         matrices = (
             GeometryMatrix(row.module, f"{row.module}.weight", row.out_features, row.in_features, orientation)
             for row in inside
         )
         try:
-            digests.add(Geometry(model.name, model.model_type, tuple(matrices)).digest)
+            geometry = Geometry(model.name, model.model_type, tuple(matrices))
         except GeometryError:  # none, or one twice
             return set()
+        tensors = [[m.tensor, m.out_features, m.in_features, m.orientation] for m in geometry.matrices]
+        digests |= {geometry.digest, hashlib.sha256(json.dumps(tensors, separators=(",", ":")).encode()).hexdigest()}
     return digests
 
 
-def _table(connection: sa.Connection, kind: type[Row], table: sa.Table, problems: list[str]) -> list[Row]:
+def events_of(connection: sa.Connection, model: str) -> list[Line]:
+    """The events of one model, oldest first, less those that are no rows."""
+    return _table(connection, Line, schema.events, [], schema.events.c.model == model)
+
+
+def _table(
+    connection: sa.Connection, kind: type[Row], table: sa.Table, problems: list[str], *where: sa.ColumnElement[bool]
+) -> list[Row]:
     columns = [table.c[name] for name in kind._fields]
     # Without SQLAlchemy's types, which would make bytes of a number and so hide it.
     raw = sa.select(*(sa.type_coerce(column, sa.types.NullType()) for column in columns))
     kinds = [column.type.python_type for column in columns]
     found = []
-    for row in connection.execute(raw.order_by(*table.primary_key.columns)):
+    for row in connection.execute(raw.where(*where).order_by(*table.primary_key.columns)):
         values: tuple[Any, ...] = tuple(row)
         if tuple(map(type, values)) == tuple(kinds):
             found.append(kind(*values))

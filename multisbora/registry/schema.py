@@ -45,7 +45,8 @@ compositions = sa.Table(
 
 # Whoever holds regions. Roles: "task"; "protected", channels that no task may own, a member of every composition of its
 # model; "released", a task that gave its claims back but which others still yield to. The latter two have names that
-# no task can have. Ids grow with time.
+# no task can have. Of two that cross, the keeper has the lower id: a new holder's id is above those of all that are
+# there. (SQLite may give the highest id again once its holder is gone, but nobody yields to one that is gone.)
 tasks = sa.Table(
     "tasks",
     metadata,
@@ -124,25 +125,4 @@ events = sa.Table(
     sa.Column("task", sa.String(MAX_NAME)),
     sa.Column("detail", sa.Text, nullable=False),  # JSON object
     sqlite_autoincrement=True,
-)
-
-# Names of the triggers that `migrations/` makes. `multisbora registry check` asks whether they are all there.
-GUARDS = frozenset(
-    {
-        "events_no_update",
-        "events_no_delete",
-        "tasks_fixed",
-        "regions_fixed",
-        "regions_late",
-        "regions_held",
-        "yields_fixed",
-        "yields_late",
-        "yields_held",
-        "memberships_fixed",
-        "memberships_crossing",
-        "memberships_protected",
-        "memberships_held",
-        "claims_fixed",
-        "claims_placed",
-    }
 )

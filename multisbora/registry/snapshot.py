@@ -9,30 +9,35 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import AllocationError, RegistryError
+from ..geometry import Geometry, Matrix
 from ..region import own_axis
 from . import schema
 from .audit import check_in
 from .claims import Event
-from .document import Document, Holder, Model, content_name, parse, render
-from .ledger import Ledger
+from .document import STAGES, Document, Holder, Model, content_name, parse, render
+from .ledger import Ledger, protection
 from .reader import Reader
 from .rows import Rows, read
 from .store import AXES, Registry
 
+_Ints = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import added; nothing that was there is ever changed.
+    """What an import added; of what was there nothing changes but how far tasks are with their training.
 
     Attributes:
         models: names.
         tasks: (model, task).
         memberships: (model, composition, task), of new tasks and of those that were there.
         protected: number of channels that no task may own from now on.
-        unchanged: number of tasks that were there already, identical.
+        unchanged: number of tasks that were there already, with the same claims.
         events: number of lines of history that were taken over.
+        advanced: (model, task), of those that were there, and that the file says are further in their training.
     """
 
     models: tuple[str, ...]
@@ -41,6 +46,7 @@ class Imported:
     protected: int
     unchanged: int
     events: int
+    advanced: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,7 +74,8 @@ def load(registry: Registry, content: str | Mapping[str, Any], *, dry_run: bool 
     """Add what an exported document holds and the store does not: all of it or, on any error, nothing.
 
     An empty store takes the history over too, and exports the same document again. In any other, what is new is
-    recorded as of now. What is there already and identical is passed over.
+    recorded as of now. What is there already and identical is passed over; of a task that was trained, or began to be,
+    in one of the two, the further stage stays.
 
     Args:
         content: the text of the document, or the document.
@@ -103,6 +110,7 @@ def load(registry: Registry, content: str | Mapping[str, Any], *, dry_run: bool 
         protected=sum(_size(held) for one in imports for held in one.new if held.role == "protected"),
         unchanged=sum(one.unchanged for one in imports),
         events=len(document.history) if taking else 0,
+        advanced=tuple((one.model.name, task) for one in imports for task in one.advanced),
     )
 
 
@@ -122,6 +130,7 @@ class _Import:
     record: bool
     new: list[Holder] = field(default_factory=list)
     joined: list[tuple[str, str]] = field(default_factory=list)
+    advanced: list[str] = field(default_factory=list)
     unchanged: int = 0
 
     def write(self) -> None:
@@ -136,6 +145,11 @@ class _Import:
                 self._check_same_holder(held, known[held.name])
         self.unchanged = sum(held.role == "task" and held.name in known for held in self.model.holders)
         self._place(known | {held.name: held for held in self.new})
+        for held in self.model.holders:
+            if held.name in known and STAGES.index(held.stage) > STAGES.index(known[held.name].stage):
+                claims = next(iter(self.ledger.memberships(self.model.name, held.name).values()))
+                self.ledger.mark(claims, held.stage, {"source": "import"})
+                self.advanced.append(held.name)
 
     def _register(self) -> None:
         model, connection = self.model, self.ledger.connection
@@ -143,22 +157,23 @@ class _Import:
         key = connection.execute(schema.models.insert().values(**row)).inserted_primary_key
         shapes = [
             {"model_id": key[0], "module": module, "out_features": shape[0], "in_features": shape[1]}  # type: ignore[index]
-            for module, shape in model.matrices.items()
+            for module, shape in _ordered(model.name, model.matrices).items()
         ]
         connection.execute(schema.matrices.insert(), shapes)
         if self.record:
             self.ledger.record("register", model.name, detail={"geometry_digest": model.geometry_digest})
 
     def _check_same(self, there: Model) -> None:
-        same = (there.model_type, there.geometry_digest, list(there.matrices.items()))
-        if same != (self.model.model_type, self.model.geometry_digest, list(self.model.matrices.items())):
+        same = (there.model_type, there.geometry_digest, there.matrices)
+        if same != (self.model.model_type, self.model.geometry_digest, self.model.matrices):
             raise RegistryError(
                 f"model {there.name!r} is registered with other matrices (geometry {there.geometry_digest[:12]}, in "
                 f"the file {self.model.geometry_digest[:12]}): import into another registry"
             )
 
     def _check_same_holder(self, new: Holder, there: Holder) -> None:
-        for what in ("role", "variant", "rank", "stage"):
+        # How far a task is with its training goes on while its claims stay.
+        for what in ("role", "variant", "rank", *(("stage",) if new.role != "task" else ())):
             mine, theirs = getattr(new, what), getattr(there, what)
             if mine != theirs:
                 raise self._differs(new, f"{what} {theirs}", str(mine))
@@ -204,8 +219,7 @@ class _Import:
                     self.ledger.enter(self.model.name, ids[held.name], composition)
         for held in self.new:
             if held.role == "protected" and self.record:
-                counts = {module: len(indices) for module, indices in held.regions.items()}
-                detail = {"axis": AXES[own_axis(held.variant)], "channels": counts}
+                detail = protection(own_axis(held.variant), held.regions)
                 self.ledger.record("import", self.model.name, detail=detail)
         for composition, task in self.model.memberships:
             if (composition, task) in members:
@@ -232,23 +246,24 @@ class _Places:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._members: dict[str, list[Holder]] = defaultdict(list)
-        self._owners: dict[tuple[str, str, int], Any] = {}
+        # Claimed indices, sorted, and the places of their owners among the members. Not sized by the axis, of which
+        # a file says how long it is.
+        self._owners: dict[tuple[str, str, int], tuple[_Ints, _Ints]] = {}
 
     def enter(self, held: Holder, composition: str) -> None:
         members = self._members[composition]
         axis = own_axis(held.variant)
         for module, indices in held.regions.items():
             key = (composition, module, axis)
-            owners = self._owners.get(key)
-            if owners is None:
-                owners = self._owners[key] = np.full(self._model.matrices[module][axis], -1, np.int32)
-            taken = owners[list(indices)]
-            if (taken >= 0).any():
-                first = int(np.argmax(taken >= 0))
-                raise self._refused(
-                    held, members[taken[first]], composition, f"{AXES[axis][:-1]} {indices[first]} of {module}"
-                )
-            owners[list(indices)] = len(members)
+            new = np.asarray(indices, np.int64)
+            taken, owners = self._owners.get(key, (new[:0], new[:0]))
+            every = np.concatenate((taken, new))
+            order = np.argsort(every, kind="stable")
+            every, owners = every[order], np.concatenate((owners, np.full(len(new), len(members))))[order]
+            if len(twice := np.flatnonzero(every[1:] == every[:-1])):
+                other = members[owners[twice[0]]]
+                raise self._refused(held, other, composition, f"{AXES[axis][:-1]} {every[twice[0]]} of {module}")
+            self._owners[key] = every, owners
         for other in members:
             if other.variant == held.variant or other.name in held.yields or held.name in other.yields:
                 continue
@@ -276,27 +291,26 @@ def _check_sound(registry: Registry, reader: Reader, what: str) -> None:
 
 def _document(rows: Rows) -> Document:
     """What sound rows say."""
-    modules = {row.id: row.module for row in rows.matrices.values()}
     models = []
     for model in sorted(rows.models.values(), key=lambda row: row.name):
         names = _names(rows, model.name)
+        inside = [row for row in rows.matrices.values() if row.model_id == model.id]
+        matrices = _ordered(model.name, {row.module: (row.out_features, row.in_features) for row in inside})
+        ids = {row.module: row.id for row in inside}
         holders = []
         for holder_id, name in names.items():
             row = rows.holders[holder_id]
             keepers = tuple(names[keeper] for keeper in sorted(rows.yields.get(holder_id, ())))
             variant: Any = row.variant
-            held = {modules[matrix]: tuple(found.tolist()) for matrix, found in rows.regions[holder_id].items()}
+            stored = rows.regions[holder_id]
+            held = {module: tuple(stored[ids[module]].tolist()) for module in matrices if ids[module] in stored}
             holders.append(Holder(name, row.role, variant, row.rank, row.stage, keepers, held))
         models.append(
             Model(
                 name=model.name,
                 model_type=model.model_type,
                 geometry_digest=model.geometry_digest,
-                matrices={
-                    row.module: (row.out_features, row.in_features)
-                    for row in rows.matrices.values()
-                    if row.model_id == model.id
-                },
+                matrices=matrices,
                 holders=tuple(holders),
                 memberships=tuple(
                     (rows.compositions[row.composition_id].name, names[row.task_id])
@@ -307,6 +321,12 @@ def _document(rows: Rows) -> Document:
         )
     history = tuple(Event(*line[1:-1], _sorted(json.loads(line.detail))) for line in rows.events.values())
     return Document(tuple(models), history)
+
+
+def _ordered(model: str, matrices: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Matrices in the order of the model's geometry, whatever the order of a file or of rows: module -> shape."""
+    geometry = Geometry(model, "", tuple(Matrix(module, module, *shape) for module, shape in matrices.items()))
+    return {matrix.module: matrix.shape for matrix in geometry.matrices}
 
 
 def _sorted(detail: dict[str, Any]) -> dict[str, Any]:

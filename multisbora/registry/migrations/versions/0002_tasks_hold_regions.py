@@ -1,60 +1,34 @@
 """Regions belong to tasks, crossings have a keeper, tasks a role and a stage; guards keep all of it.
 
 A region's excluded indices become the indices of the tasks it yields to. A store of the first schema has, of tasks that
-were released since, only those indices, so each task that had any gets one holder, of role "released", for them.
+were released since, only those indices, so each task that had any gets one holder, of role "released", for them. Of two
+tasks that are both there, the one whose mask has the other's indices yields.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+from datetime import datetime, timezone
+
+import numpy as np
+import numpy.typing as npt
 import sqlalchemy as sa
 from alembic import op
 
-from multisbora.cards import Orientation
-from multisbora.geometry import CONV1D_MODEL_TYPES, Geometry, Matrix
+from multisbora.errors import RegistryError
+from multisbora.registry.migrations.guards import install
 
 revision = "0002"
 down_revision = "0001"
 
-_IN_A_COMPOSITION = "EXISTS (SELECT 1 FROM memberships m WHERE m.task_id = {row}.task_id)"
-_CROSSING = """EXISTS (
-    SELECT 1 FROM tasks mine
-    JOIN memberships m ON m.composition_id = NEW.composition_id
-    JOIN tasks other ON other.id = m.task_id AND other.variant <> mine.variant
-    JOIN regions r ON r.task_id = mine.id
-    JOIN regions s ON s.task_id = other.id AND s.matrix_id = r.matrix_id
-    WHERE mine.id = NEW.task_id AND NOT EXISTS (
-        SELECT 1 FROM yields y
-        WHERE (y.task_id = mine.id AND y.keeper_id = other.id) OR (y.task_id = other.id AND y.keeper_id = mine.id)
-    )
-)"""
-_UNPROTECTED = """EXISTS (
-    SELECT 1 FROM tasks mine
-    JOIN tasks p ON p.model_id = mine.model_id AND p.role = 'protected'
-    WHERE mine.id = NEW.task_id AND mine.role <> 'protected' AND NOT EXISTS (
-        SELECT 1 FROM memberships m WHERE m.task_id = p.id AND m.composition_id = NEW.composition_id
-    )
-)"""
-_CLAIMED = "EXISTS (SELECT 1 FROM claims c WHERE c.composition_id = OLD.composition_id AND c.membership_id = OLD.id)"
-_OTHER_TASK = "NEW.id <> OLD.id OR NEW.model_id <> OLD.model_id OR NEW.variant <> OLD.variant OR NEW.rank <> OLD.rank"
-# In PostgreSQL two transactions that add members at once must see each other, so the second waits here for the first.
-_WAIT = "PERFORM 1 FROM compositions c WHERE c.id = NEW.composition_id FOR UPDATE;"
+# Of the digest that this revision gives to models, frozen: a later geometry may have another.
+_CONTAINER = re.compile(r"(?:^|(?<=\.))[^.]+\.\d+\.")
+_TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 
-_GUARDS = [
-    ("events_no_update", "events", "UPDATE", "", "events is append-only"),
-    ("events_no_delete", "events", "DELETE", "", "events is append-only"),
-    ("tasks_fixed", "tasks", "UPDATE", _OTHER_TASK, "a task keeps its model, variant and rank"),
-    ("regions_fixed", "regions", "UPDATE", "", "regions never change"),
-    ("regions_late", "regions", "INSERT", _IN_A_COMPOSITION.format(row="NEW"), "a composition has this task already"),
-    ("regions_held", "regions", "DELETE", _IN_A_COMPOSITION.format(row="OLD"), "a composition has this task"),
-    ("yields_fixed", "yields", "UPDATE", "", "who keeps a crossing never changes"),
-    ("yields_late", "yields", "INSERT", _IN_A_COMPOSITION.format(row="NEW"), "a composition has this task already"),
-    ("yields_held", "yields", "DELETE", _IN_A_COMPOSITION.format(row="OLD"), "a composition has this task"),
-    ("memberships_fixed", "memberships", "UPDATE", "", "a membership never changes"),
-    ("memberships_crossing", "memberships", "INSERT", _CROSSING, "two tasks would own the cells where they cross"),
-    ("memberships_protected", "memberships", "INSERT", _UNPROTECTED, "the composition lacks the protected channels"),
-    ("memberships_held", "memberships", "DELETE", _CLAIMED, "the task has claims in this composition"),
-    ("claims_fixed", "claims", "UPDATE", "", "a claim never changes"),
-]
+_FIRST_MEMBERSHIP = "(SELECT min(first.id) FROM memberships first WHERE first.task_id = m.task_id)"
+_Indices = npt.NDArray[np.uint32]
 
 
 def upgrade() -> None:
@@ -83,105 +57,146 @@ def upgrade() -> None:
         sa.Column("indices", sa.LargeBinary, nullable=False),
         sqlite_with_rowid=False,
     )
+    yielding = _settle_crossings(bind)
+    _record_stages(bind)
     bind.exec_driver_sql(
         "INSERT INTO regions SELECT m.task_id, r.matrix_id, r.indices FROM regions_of_memberships r "
-        "JOIN memberships m ON m.id = r.membership_id "
-        "WHERE m.id = (SELECT min(first.id) FROM memberships first WHERE first.task_id = m.task_id)"
+        f"JOIN memberships m ON m.id = r.membership_id WHERE m.id = {_FIRST_MEMBERSHIP}"
     )
-    _keep_excluded(bind)
+    _keep_excluded(bind, yielding)
     _renew_digests(bind)
     op.drop_table("regions_of_memberships")
     op.drop_index("ix_claims_membership_id", "claims")
     op.drop_table("multisbora_schema")
-    for guard in _GUARDS:
-        _guard(bind, *guard)
-    _guard_claims(bind)
+    if bind.dialect.name == "postgresql":  # a guard takes their place
+        for constraint in sa.inspect(bind).get_foreign_keys("claims"):
+            op.execute(f"ALTER TABLE claims DROP CONSTRAINT {constraint['name']}")
+    install(bind)
 
 
-def _keep_excluded(bind: sa.Connection) -> None:
-    # Negative ids: the holders are older than every task.
+def _settle_crossings(bind: sa.Connection) -> list[tuple[int, int]]:
+    """Who yields to whom by the first schema's masks: (task, keeper), where a keeper's id is the lower one.
+
+    A task that came back under an old mask may have a lower id than the one that keeps the crossing. It gets a new id.
+
+    Raises:
+        RegistryError: the masks go round in a circle, which no order of ids can say.
+    """
+    keepers: dict[int, set[int]] = {task_id: set() for (task_id,) in bind.exec_driver_sql("SELECT id FROM tasks")}
+    held = _unpacked(bind, "indices")
+    masks = _unpacked(bind, "excluded")
+    together = bind.exec_driver_sql(
+        "SELECT DISTINCT early.id, late.id FROM memberships a "
+        "JOIN memberships b ON b.composition_id = a.composition_id "
+        "JOIN tasks late ON late.id = a.task_id JOIN tasks early ON early.id = b.task_id "
+        "WHERE early.id < late.id AND early.variant <> late.variant ORDER BY 1, 2"
+    )
+    for early, late in together.fetchall():
+        for task_id, keeper in ((late, early), (early, late)):
+            shared = held.get(task_id, {}).keys() & held.get(keeper, {}).keys()
+            mask = masks.get(task_id, {})
+            if shared and all(np.isin(held[keeper][m], mask.get(m, ())).all() for m in shared):
+                keepers[task_id].add(keeper)
+                break
+    renamed: dict[int, int] = {}
+    for task_id in _keepers_first(keepers):
+        above = max((renamed[keeper] for keeper in keepers[task_id]), default=task_id - 1)
+        renamed[task_id] = task_id if above < task_id else _renumber(bind, task_id)
+    return sorted((renamed[task_id], renamed[keeper]) for task_id, found in keepers.items() for keeper in found)
+
+
+def _keepers_first(keepers: dict[int, set[int]]) -> list[int]:
+    """Tasks in an order in which every keeper comes before those that yield to it, else by id."""
+    order: list[int] = []
+    waiting = sorted(keepers)
+    while waiting:
+        ready = next((task_id for task_id in waiting if keepers[task_id].issubset(order)), None)
+        if ready is None:
+            raise RegistryError(
+                f"the masks of tasks number {', '.join(map(str, waiting[:10]))} go round in a circle, nothing was "
+                "written: release one of them with the multisbora that made this registry, then open it again"
+            )
+        order.append(ready)
+        waiting.remove(ready)
+    return order
+
+
+def _renumber(bind: sa.Connection, task_id: int) -> int:
+    """Give a task an id above all others."""
+    named = f"FROM tasks WHERE id = {int(task_id)}"
+    bind.exec_driver_sql(
+        "INSERT INTO tasks (model_id, name, variant, rank, stage) "
+        f"SELECT model_id, '#' || name, variant, rank, stage {named}"
+    )
+    new = int(bind.exec_driver_sql("SELECT max(id) FROM tasks").scalar_one())
+    bind.exec_driver_sql(f"UPDATE memberships SET task_id = {new} WHERE task_id = {int(task_id)}")
+    bind.exec_driver_sql(f"DELETE {named}")
+    bind.exec_driver_sql(f"UPDATE tasks SET name = substr(name, 2) WHERE id = {new}")
+    return new
+
+
+def _unpacked(bind: sa.Connection, column: str) -> dict[int, dict[int, _Indices]]:
+    """Task -> matrix -> the indices that its first membership has."""
+    found: dict[int, dict[int, _Indices]] = {}
+    rows = bind.exec_driver_sql(
+        f"SELECT m.task_id, r.matrix_id, r.{column} FROM regions_of_memberships r "
+        f"JOIN memberships m ON m.id = r.membership_id WHERE m.id = {_FIRST_MEMBERSHIP}"
+    )
+    for task_id, matrix_id, packed in rows:
+        found.setdefault(task_id, {})[matrix_id] = np.frombuffer(packed, "<u4")
+    return found
+
+
+def _keep_excluded(bind: sa.Connection, yielding: list[tuple[int, int]]) -> None:
+    # Negative ids: the holders are older than every task. None is -1, see guards.
     bind.exec_driver_sql(
         "INSERT INTO tasks (id, model_id, name, variant, rank, role) "
-        "SELECT -t.id, t.model_id, '#-' || t.id, CASE t.variant WHEN 'fa' THEN 'fb' ELSE 'fa' END, t.rank, 'released' "
-        "FROM tasks t WHERE EXISTS (SELECT 1 FROM memberships m JOIN regions_of_memberships r "
+        "SELECT -1 - t.id, t.model_id, '#-' || (t.id + 1), CASE t.variant WHEN 'fa' THEN 'fb' ELSE 'fa' END, t.rank, "
+        "'released' FROM tasks t WHERE EXISTS (SELECT 1 FROM memberships m JOIN regions_of_memberships r "
         "ON r.membership_id = m.id WHERE m.task_id = t.id AND length(r.excluded) > 0)"
     )
     bind.exec_driver_sql(
-        "INSERT INTO regions SELECT -m.task_id, r.matrix_id, r.excluded FROM regions_of_memberships r "
-        "JOIN memberships m ON m.id = r.membership_id WHERE length(r.excluded) > 0 "
-        "AND m.id = (SELECT min(first.id) FROM memberships first WHERE first.task_id = m.task_id)"
+        "INSERT INTO regions SELECT -1 - m.task_id, r.matrix_id, r.excluded FROM regions_of_memberships r "
+        f"JOIN memberships m ON m.id = r.membership_id WHERE length(r.excluded) > 0 AND m.id = {_FIRST_MEMBERSHIP}"
     )
-    bind.exec_driver_sql("INSERT INTO yields SELECT -t.id, t.id FROM tasks t WHERE t.id < 0")
-    # Of two that are both still there, the later yields.
-    bind.exec_driver_sql(
-        "INSERT INTO yields SELECT DISTINCT late.id, early.id FROM memberships a "
-        "JOIN memberships b ON b.composition_id = a.composition_id "
-        "JOIN tasks late ON late.id = a.task_id JOIN tasks early ON early.id = b.task_id "
-        "JOIN regions r ON r.task_id = late.id JOIN regions s ON s.task_id = early.id AND s.matrix_id = r.matrix_id "
-        "WHERE early.id < late.id AND early.variant <> late.variant"
+    bind.exec_driver_sql("INSERT INTO yields SELECT -1 - t.id, t.id FROM tasks t WHERE t.id < 0")
+    for task_id, keeper_id in yielding:
+        bind.exec_driver_sql(f"INSERT INTO yields VALUES ({int(task_id)}, {int(keeper_id)})")
+
+
+def _record_stages(bind: sa.Connection) -> None:
+    """Nobody knows which tasks of the first schema were trained. All count as such, so that none is moved away."""
+    bind.exec_driver_sql("UPDATE tasks SET stage = 'trained'")
+    bind.execute(
+        sa.text(
+            "INSERT INTO events (at, actor, action, model, composition, task, detail) "
+            "SELECT :at, 'migration 0002', 'trained', o.name, c.name, t.name, :detail FROM tasks t "
+            "JOIN models o ON o.id = t.model_id JOIN memberships m ON m.task_id = t.id "
+            f"JOIN compositions c ON c.id = m.composition_id WHERE m.id = {_FIRST_MEMBERSHIP} ORDER BY t.id"
+        ),
+        {
+            "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "detail": json.dumps({"assumed": "the first schema did not say"}),
+        },
     )
 
 
 def _renew_digests(bind: sa.Connection) -> None:
     # Of the first schema's time is a digest in which the spelling of a model's names counts.
-    for model_id, name, model_type in bind.exec_driver_sql("SELECT id, name, model_type FROM models").fetchall():
-        rows = bind.exec_driver_sql(
-            f"SELECT module, out_features, in_features FROM matrices WHERE model_id = {int(model_id)} ORDER BY id"
+    for model_id, model_type in bind.exec_driver_sql("SELECT id, model_type FROM models").fetchall():
+        matrices = bind.exec_driver_sql(
+            f"SELECT module, out_features, in_features FROM matrices WHERE model_id = {int(model_id)}"
         ).fetchall()
-        orientation: Orientation = "conv1d" if model_type in CONV1D_MODEL_TYPES else "linear"
-        matrices = tuple(Matrix(module, f"{module}.weight", out, in_, orientation) for module, out, in_ in rows)
-        digest = Geometry(name, model_type, matrices).digest
+        digest = _digest([tuple(row) for row in matrices], "conv1d" if model_type in _TRANSPOSED else "linear")
         bind.exec_driver_sql(f"UPDATE models SET geometry_digest = '{digest}' WHERE id = {int(model_id)}")
 
 
-def _guard(bind: sa.Connection, name: str, table: str, verb: str, condition: str, message: str) -> None:
-    """A trigger that refuses a change of `table` where `condition` holds ("" always), in the bind's dialect."""
-    if bind.dialect.name == "sqlite":
-        when = f"WHEN {condition} " if condition else ""
-        op.execute(f"DROP TRIGGER IF EXISTS {name}")
-        op.execute(f"CREATE TRIGGER {name} BEFORE {verb} ON {table} {when}BEGIN SELECT RAISE(ABORT, '{message}'); END")
-        return
-    first = _WAIT if name == "memberships_crossing" else ""
-    row = "OLD" if verb == "DELETE" else "NEW"
-    op.execute(
-        f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {first} "
-        f"IF {condition or 'TRUE'} THEN "
-        f"RAISE EXCEPTION '{message}' USING ERRCODE = 'integrity_constraint_violation'; END IF; "
-        f"RETURN {row}; END $$"
+def _digest(matrices: list[tuple[str, int, int]], orientation: str) -> str:
+    starts = [_CONTAINER.search(module) for module, _, _ in matrices]
+    tails = [row[0][match.start() if match else 0 :] for match, row in zip(starts, matrices, strict=True)]
+    plain = len(set(tails)) == len(tails)
+    rows = sorted(
+        [tail if plain else module, out, in_, orientation]
+        for tail, (module, out, in_) in zip(tails, matrices, strict=True)
     )
-    op.execute(f"CREATE TRIGGER {name} BEFORE {verb} ON {table} FOR EACH ROW EXECUTE FUNCTION {name}()")
-
-
-def _guard_claims(bind: sa.Connection) -> None:
-    """A claim is of a member of its composition, on the axis of its task's variant, and inside its matrix.
-
-    PostgreSQL checks a foreign key row by row, which takes longer than everything else that allocating a task does. So
-    there one query over all new rows takes the place of the two keys.
-    """
-    message = "a claim outside its matrix, its axis or its composition"
-    if bind.dialect.name == "sqlite":
-        op.execute(
-            "CREATE TRIGGER claims_placed BEFORE INSERT ON claims WHEN NOT EXISTS ("
-            "SELECT 1 FROM memberships m JOIN tasks t ON t.id = m.task_id JOIN matrices x ON x.id = NEW.matrix_id "
-            "WHERE m.id = NEW.membership_id AND m.composition_id = NEW.composition_id AND x.model_id = t.model_id "
-            "AND NEW.axis = (t.variant = 'fa') "
-            "AND NEW.channel < CASE NEW.axis WHEN 0 THEN x.out_features ELSE x.in_features END"
-            f") BEGIN SELECT RAISE(ABORT, '{message}'); END"
-        )
-        return
-    for constraint in sa.inspect(bind).get_foreign_keys("claims"):
-        op.execute(f"ALTER TABLE claims DROP CONSTRAINT {constraint['name']}")
-    op.execute(
-        "CREATE FUNCTION claims_placed() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-        "IF EXISTS (SELECT 1 FROM added c "
-        "LEFT JOIN memberships m ON m.id = c.membership_id AND m.composition_id = c.composition_id "
-        "LEFT JOIN tasks t ON t.id = m.task_id "
-        "LEFT JOIN matrices x ON x.id = c.matrix_id AND x.model_id = t.model_id "
-        "WHERE x.id IS NULL OR c.axis <> (t.variant = 'fa')::int "
-        "OR c.channel >= CASE c.axis WHEN 0 THEN x.out_features ELSE x.in_features END) THEN "
-        f"RAISE EXCEPTION '{message}' USING ERRCODE = 'integrity_constraint_violation'; END IF; RETURN NULL; END $$"
-    )
-    op.execute(
-        "CREATE TRIGGER claims_placed AFTER INSERT ON claims REFERENCING NEW TABLE AS added "
-        "FOR EACH STATEMENT EXECUTE FUNCTION claims_placed()"
-    )
+    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
