@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from ..errors import GeometryError, RegistryError
 from ..geometry import Geometry
-from ..region import VARIANTS, Region, Variant, own_axis
+from ..region import VARIANTS, Region, Variant
 from .claims import Event, TaskClaims
 from .schema import compositions, events, matrices, memberships, models, regions, tasks, yields
 
@@ -222,19 +222,24 @@ class Reader:
         # Without SQLAlchemy's type, which makes bytes of a number, and so would hide it.
         stored = sa.type_coerce(regions.c.indices, sa.types.NullType())
         rows = sa.select(regions.c.task_id, regions.c.matrix_id, stored).where(regions.c.task_id.in_(list(owners)))
-        found = []
-        for task_id, matrix_id, packed in self._connection.execute(rows.order_by(*regions.primary_key.columns)):
+        found = self._connection.execute(rows.order_by(*regions.primary_key.columns)).all()
+        sizes = []
+        for task_id, matrix_id, _ in found:
             name, variant, model_id = owners[task_id]
-            module, out_features, in_features, of_model = known.get(matrix_id, ("", 0, 0, None))
+            _, out_features, in_features, of_model = known.get(matrix_id, ("", 0, 0, None))
             if of_model != model_id:
                 raise damaged(f"task {name!r} has a region of matrix number {matrix_id}, which its model does not have")
             if variant not in VARIANTS:
                 raise damaged(f"task {name!r} is of variant {variant!r}, which does not exist")
-            indices = _unpacked(packed, (out_features, in_features)[own_axis(variant)])
-            if indices is None:
-                raise damaged(f"the region of {module} of task {name!r} is no sorted list of indices on its axis")
-            found.append((task_id, matrix_id, indices))
-        return found
+            sizes.append(in_features if variant == "fa" else out_features)
+        wrong = _unsorted([packed for _, _, packed in found], sizes)
+        if wrong is not None:
+            task_id, matrix_id, _ = found[wrong]
+            raise damaged(
+                f"the region of {known[matrix_id][0]} of task {owners[task_id][0]!r} is no sorted list of indices on "
+                "its axis"
+            )
+        return [(task_id, matrix_id, np.frombuffer(packed, STORED)) for task_id, matrix_id, packed in found]
 
     def _matrices(self, among: Collection[int]) -> dict[int, tuple[str, int, int, int]]:
         """Matrices of models, by id: (module, out_features, in_features, id of the model)."""
@@ -279,12 +284,23 @@ def damaged(what: str) -> RegistryError:
     return RegistryError(f"the registry is damaged ({what}): run multisbora registry check")
 
 
-def _unpacked(stored: object, size: int) -> Indices | None:
-    """Indices as `regions` holds them; None if they are no sorted indices on an axis of `size`."""
-    if not isinstance(stored, bytes) or not stored or len(stored) % STORED.itemsize:
+def _unsorted(stored: Sequence[object], sizes: Sequence[int]) -> int | None:
+    """Place of the first that is not sorted indices on an axis of its size, packed; None if there is none.
+
+    All at once, since a large model has tens of thousands.
+    """
+    for place, one in enumerate(stored):
+        if not isinstance(one, bytes) or not one or len(one) % STORED.itemsize:
+            return place
+    if not stored:
         return None
-    found = np.frombuffer(stored, STORED)
-    return found if found[-1] < size and bool((found[1:] > found[:-1]).all()) else None
+    packed = cast("Sequence[bytes]", stored)
+    ends = np.cumsum([len(one) // STORED.itemsize for one in packed])
+    flat = np.frombuffer(b"".join(packed), STORED)
+    rises = np.append(flat[1:] > flat[:-1], True)
+    rises[ends - 1] = flat[ends - 1] < np.asarray(sizes)
+    wrong = np.flatnonzero(~rises)
+    return int(np.searchsorted(ends, wrong[0], side="right")) if wrong.size else None
 
 
 def _detail(event_id: int, action: str, stored: object) -> dict[str, Any]:
