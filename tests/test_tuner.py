@@ -1,4 +1,4 @@
-"""SBORA as a PEFT method: the paper's equations by hand, a dense one-hot oracle, and what users of PEFT rely on."""
+"""SBORA as a PEFT method: regions, several adapters, merging, and what users of PEFT rely on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import json
 import random
 import warnings
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,199 +13,32 @@ import peft
 import pytest
 import torch
 from builders import tiny_gpt2, tiny_llama
+from layers import (
+    FORMS,
+    KINDS,
+    TOLERANCE,
+    VARIANTS,
+    Net,
+    adapt,
+    bits,
+    config,
+    error,
+    fill,
+    layers_of,
+    linear,
+    random_weight,
+    randomise,
+    two,
+)
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-from transformers.pytorch_utils import Conv1D
 
 from multisbora.adapter import Adapter
 from multisbora.errors import MergeError, UsageError
 from multisbora.tuner import PEFT_TYPE, SboraConfig, SboraLayer
-from multisbora.tuner.kernels import add_columns, add_rows
-
-VARIANTS = ("fa", "fb")
-# Largest error against the fp64 oracle, as a share of the oracle's largest entry: a few roundings of each dtype.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-LEADING = {"(in,)": (), "(n, in)": (5,), "(b, t, in)": (2, 3), "(b, h, t, in)": (2, 2, 3)}
-
-
-def linear(weight: Tensor, kind: str = "linear", bias: Tensor | None = None) -> nn.Module:
-    """A base layer that computes x @ weight^T + bias, whatever it stores; `weight` is (out, in)."""
-    out_features, in_features = weight.shape
-    base: nn.Module = Conv1D(out_features, in_features) if kind == "conv1d" else nn.Linear(in_features, out_features)
-    base.to(weight.dtype).requires_grad_(False)
-    base.weight.data = (weight.t() if kind == "conv1d" else weight).clone().contiguous()
-    base.bias.data = torch.zeros(out_features, dtype=weight.dtype) if bias is None else bias.clone()
-    return base
-
-
-def adapt(base: nn.Module, **configs: SboraConfig) -> SboraLayer:
-    """A layer with one adapter a keyword, all of them active."""
-    layer = SboraLayer(base)
-    for name, config in configs.items():
-        layer.update_layer(name, config, "lin")
-    layer.set_adapter(list(configs))
-    return layer
-
-
-def config(variant: str, indices: Iterable[int], **kwargs: Any) -> SboraConfig:
-    chosen = sorted(indices)
-    kwargs = {"r": len(chosen), "alpha": len(chosen)} | kwargs
-    return SboraConfig(variant=variant, indices={"lin": chosen}, **kwargs)  # type: ignore[arg-type]
-
-
-def fill(layer: SboraLayer, name: str, values: Tensor) -> None:
-    layer.sbora_values[name].data.copy_(values)
-
-
-def one_hot(variant: str, indices: Sequence[int], values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Delta W as the paper writes it: a product with a matrix of one-hot vectors, in fp64."""
-    basis = torch.zeros(len(indices), shape[1] if variant == "fa" else shape[0], dtype=torch.float64)
-    basis[range(len(indices)), list(indices)] = 1
-    return values.double() @ basis if variant == "fa" else basis.t() @ values.double()
-
-
-def random_weight(out_features: int = 6, in_features: int = 9, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).clone()
-
-
-def error(got: Tensor | None, wanted: Tensor | None) -> float:
-    assert got is not None and wanted is not None and got.shape == wanted.shape
-    got, wanted = got.detach().double(), wanted.detach().double()
-    return float((got - wanted).abs().max() / wanted.abs().max())
-
-
-# --- the paper's equations, by hand -------------------------------------------------------------------------------
-
-W0 = torch.arange(1.0, 17).reshape(4, 4)
-X = torch.tensor([[1.0, 2, 3, 4], [0, 1, 0, -1]])
-GOLDEN = {
-    # equations 9 and 10: b is 4 x 2, columns 0 and 3
-    "fa": (
-        [[10.0, 20], [30, 40], [50, 60], [70, 80]],
-        [[10.0, 0, 0, 20], [30, 0, 0, 40], [50, 0, 0, 60], [70, 0, 0, 80]],
-        [[11.0, 2, 3, 24], [35, 6, 7, 48], [59, 10, 11, 72], [83, 14, 15, 96]],
-        [[120.0, 260, 400, 540], [-22, -42, -62, -82]],
-    ),
-    # equations 11 and 12: a is 2 x 4, rows 0 and 3
-    "fb": (
-        [[10.0, 20, 30, 40], [50, 60, 70, 80]],
-        [[10.0, 20, 30, 40], [0, 0, 0, 0], [0, 0, 0, 0], [50, 60, 70, 80]],
-        [[11.0, 22, 33, 44], [5, 6, 7, 8], [9, 10, 11, 12], [63, 74, 85, 96]],
-        [[330.0, 70, 110, 850], [-22, -2, -2, -22]],
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_equations_9_to_12(variant: str, kind: str) -> None:
-    values, delta, merged, output = (torch.tensor(part) for part in GOLDEN[variant])
-    layer = adapt(linear(W0, kind), default=config(variant, [0, 3]))
-    fill(layer, "default", values)
-    as_stored = (lambda w: w.t()) if kind == "conv1d" else (lambda w: w)
-    assert torch.equal(layer.get_delta_weight("default"), as_stored(delta))
-    assert torch.equal(layer(X), output)
-    layer.merge()
-    assert torch.equal(layer.base_layer.weight, as_stored(merged))
-    assert torch.equal(layer(X), output)
-    layer.unmerge()
-    assert torch.equal(layer.base_layer.weight, as_stored(W0))
-
-
-# --- parity with a dense oracle -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("leading", LEADING.values(), ids=LEADING)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_parity_with_dense_one_hot(variant: str, kind: str, dtype: torch.dtype, leading: tuple[int, ...]) -> None:
-    shape, indices, scale = (6, 9), [1, 2, 5], 4 / 3
-    generator = torch.Generator().manual_seed(0)
-    weight = random_weight(*shape, dtype=dtype)
-    bias = torch.randn(shape[0], generator=generator).to(dtype)
-    layer = adapt(linear(weight, kind, bias), default=config(variant, indices, alpha=4))
-    values = torch.randn(layer.sbora_values["default"].shape, generator=generator)
-    fill(layer, "default", values)
-    x = torch.randn(*leading, shape[1], generator=generator).to(dtype).requires_grad_()
-    grad = torch.randn(*leading, shape[0], generator=generator).to(dtype)
-
-    output = layer(x)
-    assert output.shape == (*leading, shape[0]) and output.dtype == dtype
-    output.backward(grad)
-
-    oracle_x = x.detach().double().requires_grad_()
-    oracle_values = values.double().requires_grad_()
-    dense = weight.double() + scale * one_hot(variant, indices, oracle_values, shape)
-    oracle = oracle_x @ dense.t() + bias.double()
-    oracle.backward(grad.double())
-
-    assert error(output, oracle) <= TOLERANCE[dtype]
-    assert error(x.grad, oracle_x.grad) <= TOLERANCE[dtype]
-    gradient = layer.sbora_values["default"].grad
-    assert gradient is not None and gradient.dtype == torch.float32
-    assert error(gradient, oracle_values.grad) <= TOLERANCE[dtype]
-    assert layer.base_layer.weight.grad is None
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_input_without_gradient(variant: str) -> None:
-    layer = adapt(linear(random_weight()), default=config(variant, [0, 4]))
-    x = torch.randn(5, 9)
-    layer(x).square().sum().backward()
-    wanted = layer.sbora_values["default"].grad
-    layer.sbora_values["default"].grad = None
-    layer(x.requires_grad_()).square().sum().backward()
-    assert torch.equal(layer.sbora_values["default"].grad, wanted)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_by_finite_differences(variant: str) -> None:
-    kernel, shape = (add_columns, (4, 2)) if variant == "fa" else (add_rows, (2, 5))
-    generator = torch.Generator().manual_seed(0)
-
-    def make(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64, requires_grad=True)
-
-    indices = torch.tensor([0, 3], dtype=torch.int32)
-    assert torch.autograd.gradcheck(lambda h, x, u: kernel(h, x, u, indices), (make(3, 4), make(3, 5), make(*shape)))
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_fa_keeps_only_the_gathered_channels_for_backward(dropout: float) -> None:
-    tokens, in_features, rank = 50, 40, 3
-    layer = adapt(linear(torch.randn(7, in_features)), default=config("fa", range(rank), dropout=dropout))
-    x = torch.randn(tokens, in_features, requires_grad=True)
-    saved: list[tuple[int, ...]] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tuple(tensor.shape))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
-    assert (tokens, rank) in saved
-    # Beside the gathered channels: the base weight, the update, the indices, and nothing that grows with the tokens.
-    assert {shape for shape in saved if tokens in shape} == {(tokens, rank)}
-    assert set(saved) <= {(tokens, rank), (7, in_features), (in_features, 7), (7, rank), (rank, 7), (rank,)}
-
-
-def test_fb_keeps_the_input_and_nothing_of_the_output() -> None:
-    tokens, out_features = 50, 40
-    layer = adapt(linear(torch.randn(out_features, 7)), default=config("fb", range(3)))
-    saved: list[Tensor] = []
-    x = torch.randn(tokens, 7, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        layer(x)
-    of_tokens = [tensor for tensor in saved if tokens in tensor.shape]
-    assert [tensor.data_ptr() for tensor in of_tokens] == [x.data_ptr()]
-
+from multisbora.tuner.layer import Form
 
 # --- ranks, scaling, excluded cells, dropout ----------------------------------------------------------------------
 
@@ -214,51 +46,17 @@ def test_fb_keeps_the_input_and_nothing_of_the_output() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 8 / 4), (True, 8 / 2)])
 def test_scaling(variant: str, rslora: bool, scale: float) -> None:
-    layer = adapt(linear(W0), default=config(variant, range(4), alpha=8, use_rslora=rslora))
-    fill(layer, "default", W0)
+    layer = adapt(linear(torch.ones(4, 4)), default=config(variant, range(4), alpha=8, use_rslora=rslora))
+    values = torch.arange(16.0).reshape(4, 4)
+    fill(layer, "default", values)
     assert layer.scaling == {"default": scale}
-    assert torch.equal(layer.get_delta_weight("default"), scale * W0)
-
-
-class Net(nn.Module):
-    """Two blocks of two linear layers: enough for names, patterns and several targets."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 8)
-        self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 12), "down": nn.Linear(12, 8)}) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.layers:
-            x = x + block["down"](torch.tanh(block["up"](x)))
-        return x
+    assert torch.equal(layer.get_delta_weight("default"), scale * values)
 
 
 @pytest.fixture
 def net() -> Net:
     torch.manual_seed(0)
     return Net()
-
-
-def layers_of(model: nn.Module) -> dict[str, SboraLayer]:
-    found = {
-        name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, SboraLayer)
-    }
-    assert found
-    return found
-
-
-def randomise(model: nn.Module, *names: str, spread: float = 0.1, seed: int = 0) -> None:
-    """Values as if trained; excluded cells stay as they are, at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in layers_of(model).values():
-        for name in names or ("default",):
-            if name in layer.sbora_values:
-                values = layer.sbora_values[name]
-                drawn = torch.randn(values.shape, generator=generator) * spread
-                if layer.excluded[name]:
-                    drawn.index_fill_(0 if layer.variant[name] == "fa" else 1, torch.tensor(layer.excluded[name]), 0)
-                values.data.copy_(drawn)
 
 
 def test_patterns_and_targets(net: Net) -> None:
@@ -296,11 +94,12 @@ def test_drawn_indices_depend_on_seed_and_module_alone(net: Net) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_excluded_cells_stay_the_base_s(variant: str, kind: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_excluded_cells_stay_the_base_s(form: Form, variant: str, kind: str) -> None:
     weight = random_weight(6, 6, torch.bfloat16)
     weight[:, 2] = -0.0
     weight[2, :] = -0.0
-    layer = adapt(linear(weight, kind), default=config(variant, [0, 2, 5], excluded={"lin": [1, 2]}))
+    layer = adapt(linear(weight, kind), form, default=config(variant, [0, 2, 5], excluded={"lin": [1, 2]}))
     axis = 0 if variant == "fa" else 1
     # Values that ought not to be there: neither forward nor merge nor delta lets them through.
     fill(layer, "default", torch.ones(layer.sbora_values["default"].shape))
@@ -342,33 +141,12 @@ def test_dropout(variant: str) -> None:
     assert dropped[:, adapted].std(0).min() > 0.1
     assert error(dropped.mean(0), wanted) < 0.02
     if variant == "fb":
-        assert torch.equal(dropped[:, [1, 2, 5]], layer.base_layer(x)[:, [1, 2, 5]])
+        assert torch.equal(dropped[:, [1, 2, 5]], layer.get_base_layer()(x)[:, [1, 2, 5]])
     torch.manual_seed(0)
     assert torch.equal(layer(x), dropped)
 
 
 # --- several adapters, lambda, merging ----------------------------------------------------------------------------
-
-
-def two(net: Net, **kwargs: Any) -> PeftModel:
-    """One fa and one fb adapter on the same layers; where they cross, the cells are math's."""
-    columns, rows = [1, 4, 6], [0, 2, 7]
-    first = SboraConfig(variant="fa", r=3, alpha=3, indices={f"layers.{i}.{n}": columns for i in (0, 1) for n in KINDS})
-    second = SboraConfig(
-        variant="fb",
-        r=3,
-        alpha=6,
-        indices={f"layers.{i}.{n}": rows for i in (0, 1) for n in KINDS},
-        excluded={f"layers.{i}.{n}": columns for i in (0, 1) for n in KINDS},
-        **kwargs,
-    )
-    model = get_peft_model(net, first, adapter_name="math")
-    model.add_adapter("code", second)
-    randomise(model, "math", "code")
-    return model.eval()
-
-
-KINDS = ("up", "down")
 
 
 def test_active_adapters_add_up(net: Net) -> None:
@@ -379,7 +157,7 @@ def test_active_adapters_add_up(net: Net) -> None:
     for active in ("math", "code", ["math", "code"], ["code", "math"]):
         model.base_model.set_adapter(active)
         outputs[str(active)] = layer(x)
-    base = layer.base_layer(x)
+    base = layer.get_base_layer()(x)
     assert not torch.equal(outputs["math"], outputs["code"])
     both = outputs["math"] + outputs["code"] - base
     assert error(outputs["['math', 'code']"], both) < 1e-6
@@ -713,7 +491,7 @@ def test_gpt2_names_with_and_without_prefix(gpt2_folder: Path, tmp_path: Path, p
     layers = layers_of(model)
     assert list(layers) == ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"]
     assert [layer.shape for layer in layers.values()] == [(72, 24), (24, 96)]
-    assert [layer.excluded["default"] for layer in layers.values()] == [(1,), (5, 95)]
+    assert [layer.sbora_excluded["default"].tolist() for layer in layers.values()] == [[1], [5, 95]]
     assert torch.equal(logits(model), before)
     randomise(model)
     wanted = logits(model)

@@ -38,6 +38,8 @@ class SboraConfig(PeftConfig):
         exclude_modules, layers_to_transform, layers_pattern: narrow `target_modules`, as everywhere in PEFT.
         modules_to_save: modules that are trained whole and kept in the adapter.
         task, composition, base_fingerprint, claim_digest: provenance, written by `multisbora train`; merging checks it.
+        base_quantization: how the base was quantised, `view.Quantization.to_json`, so that a merge can derive the
+            dequantised base from the stored one; None for a base as stored.
 
     Raises:
         UsageError: a value that cannot mean anything.
@@ -62,6 +64,7 @@ class SboraConfig(PeftConfig):
     composition: str | None = None
     base_fingerprint: str | None = None
     claim_digest: str | None = None
+    base_quantization: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

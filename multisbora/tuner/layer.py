@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Literal, TypeAlias
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -18,14 +20,35 @@ from ..delta import delta, pattern_value, scaling
 from ..errors import MergeError, UsageError
 from ..region import Variant, own_axis
 from .config import SboraConfig
-from .kernels import add_columns, add_rows
+from .kernels import add_columns, add_rows, through_weight
+from .live import LiveWeight, Part
+
+Form: TypeAlias = Literal["in_place", "gather"]
+
+_DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_log = logging.getLogger(__name__)
+
+
+@cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
 
 
 class SboraLayer(nn.Module, BaseTunerLayer):
     """Wraps a linear layer (nn.Linear, a quantised one, or GPT-2's Conv1D).
 
     Values are kept in fp32 and in logical orientation, (out_features, r) for fa and (r, in_features) for fb, whatever
-    the base layer stores. The base weight is read, and written only by `merge` and `unmerge`.
+    the base layer stores. What they add to the base layer's output is computed in one of two forms:
+
+    - in place: the base weight holds W0 + update, rounded to its dtype, at the cells of the active tasks, so that a
+      forward is one product and what is trained is bit for bit what a merge writes. W0 is kept aside and comes back
+      with `restore`, which everything does that saves, moves, copies or hands out the base weight.
+    - gather: the base weight stays as it is; the sampled products of `add_columns` and `add_rows` come on top. It
+      serves bases that are quantised, sharded, offloaded, shared or trained themselves, dropout, and torch.compile.
+
+    The weight is written anew in every forward that can be differentiated, and in others when the values have a new
+    version, the active tasks or their lambdas changed, or train() or eval() was called. Values that are changed through
+    `.data` alone, between two forwards without gradient, need a call of `outdate`.
     """
 
     # Types of what PEFT's mixin provides, which nn.Module would otherwise hide from a type checker.
@@ -36,9 +59,13 @@ class SboraLayer(nn.Module, BaseTunerLayer):
     in_features: int
     out_features: int
     adapter_layer_names = ("sbora_values",)
-    other_param_names = ("sbora_indices", "variant", "excluded", "scaling", "weight_of", "dropout")
+    other_param_names = ("sbora_indices", "sbora_excluded", "variant", "scaling", "weight_of", "dropout")
 
-    def __init__(self, base_layer: Any, get_apply_tensor_subclass: Any = None) -> None:
+    def __init__(self, base_layer: Any, get_apply_tensor_subclass: Any = None, *, shared: bool = False) -> None:
+        """
+        Args:
+            shared: other modules use the base weight too.
+        """
         super().__init__()
         self.base_layer = base_layer
         self.transposed = isinstance(base_layer, Conv1D)
@@ -51,14 +78,19 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         )
         self.sbora_values = nn.ParameterDict()
         self.sbora_indices = BufferDict(persistent=True)
+        self.sbora_excluded = BufferDict(persistent=False)
         self.variant: dict[str, Variant] = {}
-        self.excluded: dict[str, tuple[int, ...]] = {}
         self.scaling: dict[str, float] = {}
         self.weight_of: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
+        self.form: Form = "in_place"
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._base_cells: dict[str, Tensor] = {}
+        self._merged = LiveWeight()
+        self._live = LiveWeight()
+        self._shared = shared
+        self._is_replica = False
+        self._weight_at_injection = (getattr(base_layer, "weight", None),)  # in a tuple, or it would be registered
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,7 +99,8 @@ class SboraLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: SboraConfig, module: str, inference_mode: bool = False) -> None:
         """Add or replace one task's adapter on this layer; its values start at zero, so it changes nothing yet."""
         region = config.region(module, self.shape)
-        self.variant[adapter_name], self.excluded[adapter_name] = region.variant, region.excluded
+        self.restore()
+        self.variant[adapter_name] = region.variant
         self.scaling[adapter_name] = scaling(
             pattern_value(config.alpha_pattern, module, config.alpha), region.rank, config.use_rslora
         )
@@ -77,6 +110,10 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         values = torch.zeros(region.values_shape(self.shape), device=device)
         self.sbora_values[adapter_name] = nn.Parameter(values)
         self.sbora_indices[adapter_name] = torch.tensor(region.indices, dtype=torch.int32, device=device)
+        if region.excluded:
+            self.sbora_excluded[adapter_name] = torch.tensor(region.excluded, device=device)
+        elif adapter_name in self.sbora_excluded:
+            del self.sbora_excluded[adapter_name]
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_weight(self, adapter_name: str, weight: float) -> None:
@@ -96,22 +133,35 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         Differentiable with respect to the values.
         """
         values = self.sbora_values[adapter_name]
-        if excluded := self.excluded[adapter_name]:
+        if adapter_name in self.sbora_excluded:
             other = 1 - own_axis(self.variant[adapter_name])
-            values = values.index_fill(other, torch.tensor(excluded, device=values.device), 0.0)
+            values = values.index_fill(other, self.sbora_excluded[adapter_name], 0.0)
         update: Tensor = delta(values.float(), self.scaling[adapter_name], self.weight_of[adapter_name])
         return update
+
+    # ------------------------------------------------------------------------------------------------------- forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        names = [] if self.disable_adapters else [n for n in self.active_adapters if n in self.sbora_values]
+        if self.merged or not names:
+            self.restore()
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if not (args or kwargs) and self._holds_updates(names):
+            return self._forward_in_place(x, [self._part(name) for name in names])
+        self.restore()
         hidden: Tensor = self.base_layer(x, *args, **kwargs)  # (..., out)
-        if self.disable_adapters or self.merged:
-            return hidden
-        for name in self.active_adapters:
-            if name in self.sbora_values:
-                hidden = self._add(name, x, hidden)
+        for name in names:
+            hidden = self._add(name, x, hidden)
         return hidden
+
+    def _forward_in_place(self, x: Tensor, parts: list[Part]) -> Tensor:
+        differentiable = torch.is_grad_enabled() and any(part.values.requires_grad for part in parts)
+        self._live.write(self.base_layer.weight, parts, renew=differentiable)
+        if torch.is_grad_enabled() and (differentiable or x.requires_grad):
+            return through_weight(x, self.base_layer, self._live, parts)
+        return self.base_layer(x)  # type: ignore[no-any-return]
 
     def _add(self, name: str, x: Tensor, hidden: Tensor) -> Tensor:
         update = self.update(name).to(hidden.dtype)
@@ -123,6 +173,103 @@ class SboraLayer(nn.Module, BaseTunerLayer):
             gathered = F.dropout(x.index_select(-1, indices), p).to(hidden.dtype)  # (..., r)
             return hidden + F.linear(gathered, update)
         return add_columns(hidden, x, update, indices)
+
+    def _holds_updates(self, names: Sequence[str]) -> bool:
+        """Whether this forward is computed in place."""
+        if self.form != "in_place" or torch.compiler.is_compiling():
+            return False  # a compiler fuses the sampled products itself, and cannot follow writes to a weight
+        if self.training and any(self.dropout[name] for name in names):
+            return False
+        obstacle = self._obstacle(names)
+        if obstacle:
+            _say_once(f"SBoRA uses the gather form where {obstacle}: same results, a few percent slower")
+        return obstacle is None
+
+    def _obstacle(self, names: Sequence[str]) -> str | None:
+        """Why updates cannot be written into the base weight, if they cannot."""
+        layer = self.base_layer
+        weight: Any = layer._parameters.get("weight")
+        if self.quantization_backend is not None:
+            return "the base weight is quantised"
+        if type(weight) is not nn.Parameter or weight.dtype not in _DENSE or weight.ndim != 2:
+            return "the base weight is no plain tensor (sharded, quantised or parametrised)"
+        if weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
+            return "the base layer is trained itself"
+        if self._shared:
+            return "other modules use the base weight too"
+        hook = getattr(layer, "_hf_hook", None)
+        if weight.is_meta or (hook is not None and getattr(hook, "offload", True)):
+            return "the base weight is offloaded"
+        if hasattr(weight, "ds_id") or getattr(weight, "_fsdp_flattened", False) or self._is_replica:
+            return "the base weight is sharded or replicated"
+        if weight is not self._weight_at_injection[0]:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                return "the base weight is sharded"  # FSDP2 shows a plain parameter while a layer runs
+            self._weight_at_injection = (weight,)
+        if weight.is_inference() or any(self.sbora_values[name].is_inference() for name in names):
+            return "tensors were made in inference mode"
+        return None
+
+    def _part(self, name: str) -> Part:
+        return Part(
+            name=name,
+            variant=self.variant[name],
+            values=self.sbora_values[name],
+            indices=self.sbora_indices[name],
+            excluded=self.sbora_excluded[name] if name in self.sbora_excluded else None,  # noqa: SIM401
+            scaling=self.scaling[name],
+            weight=self.weight_of[name],
+            axis=own_axis(self.variant[name]) ^ self.transposed,
+            transposed=self.transposed,
+        )
+
+    # ------------------------------------------------------------------------------------------------ the base weight
+
+    def restore(self) -> None:
+        """Make the base weight W0 again, bit for bit, until the next forward. Tasks that are merged stay in it."""
+        if len(self._live):
+            self._live.restore(self.base_layer.weight if self._is_replica else None)
+
+    def outdate(self) -> None:
+        """Have the weight written anew by the next forward, whatever seems to have changed."""
+        self._live.outdate_all()
+
+    def get_base_layer(self) -> nn.Module:
+        self.restore()
+        layer: nn.Module = super().get_base_layer()
+        return layer
+
+    def train(self, mode: bool = True) -> SboraLayer:
+        self.outdate()
+        super().train(mode)
+        return self
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.restore()
+        super().delete_adapter(adapter_name)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.restore()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.restore()
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> SboraLayer:
+        self.restore()
+        super()._apply(*args, **kwargs)
+        return self
+
+    def _replicate_for_data_parallel(self) -> SboraLayer:
+        replica: SboraLayer = super()._replicate_for_data_parallel()
+        replica._is_replica = True
+        replica._live = self._live.copy()  # the replica's weight is a copy of ours, and so is what is written into it
+        return replica
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.restore()
+        return self.__dict__.copy()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The update of one task as a dense fp32 matrix in the base weight's own orientation."""
@@ -151,22 +298,9 @@ class SboraLayer(nn.Module, BaseTunerLayer):
                 "a quantised weight cannot be merged into exactly: "
                 "run `multisbora merge` on the 16-bit base model, or load it unquantised"
             )
-        weight = self.base_layer.weight.data
+        self.restore()
         for name in names:
-            axis = own_axis(self.variant[name]) ^ self.transposed
-            indices = self.sbora_indices[name].long()
-            base = weight.index_select(axis, indices)
-            update = self.update(name).detach()
-            cells = (base.float() + (update.t() if self.transposed else update)).to(weight.dtype)
-            cells = cells if self.weight_of[name] else base  # a task at 0 is left out, as in a merge of files
-            if self.excluded[name]:
-                # 0 added to -0.0 is +0.0: cells of earlier claims keep their very bits.
-                excluded = torch.tensor(self.excluded[name], device=weight.device)
-                cells.index_copy_(1 - axis, excluded, base.index_select(1 - axis, excluded))
-            if safe_merge and not torch.isfinite(cells).all():
-                raise MergeError(f"adapter {name!r} gives weights that are not finite: it seems to be broken")
-            weight.index_copy_(axis, indices, cells)
-            self._base_cells[name] = base
+            self._merged.append(self.base_layer.weight, self._part(name), finite=safe_merge)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -174,11 +308,8 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self.base_layer.weight.data
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            axis = own_axis(self.variant[name]) ^ self.transposed
-            weight.index_copy_(axis, self.sbora_indices[name].long(), self._base_cells.pop(name).to(weight))
+        self._merged.restore()
+        self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

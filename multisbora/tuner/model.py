@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, get_args
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -12,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
 from .config import SboraConfig
-from .layer import SboraLayer
+from .layer import Form, SboraLayer
 
 
 class SboraModel(BaseTuner):
@@ -29,6 +31,8 @@ class SboraModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: SboraConfig, adapter_name: str) -> None:
         """Claims that would be left out in silence are refused before the model is touched."""
+        uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+        self._shared = {key for key, count in uses.items() if count > 1}
         if config.indices is not None and config.target_modules != "all-linear":
             modules = [name for name, _ in model.named_modules() if name]
             config.check_targets([name for name in modules if self._check_target_module_exists(config, name)])
@@ -51,7 +55,11 @@ class SboraModel(BaseTuner):
                 f"{current_key} is a {type(target).__name__}: SBoRA adapts linear layers (nn.Linear, its quantised "
                 "forms, Conv1D); change target_modules"
             )
-        layer = SboraLayer(target, get_quantization_kwargs(self).get("get_apply_tensor_subclass"))
+        layer = SboraLayer(
+            target,
+            get_quantization_kwargs(self).get("get_apply_tensor_subclass"),
+            shared=id(getattr(target, "weight", None)) in self._shared,
+        )
         layer.set_adapter(adapter_name)
         layer.update_layer(adapter_name, config, current_key, inference_mode=config.inference_mode)
         if adapter_name not in self.active_adapters:
@@ -66,9 +74,32 @@ class SboraModel(BaseTuner):
         """
         if adapter_name not in self.peft_config:
             raise UsageError(f"no adapter {adapter_name!r}: loaded are {', '.join(self.peft_config)}")
-        for module in self.modules():
-            if isinstance(module, SboraLayer):
-                module.set_weight(adapter_name, weight)
+        for layer in self._layers():
+            layer.set_weight(adapter_name, weight)
+
+    def set_form(self, form: Form) -> None:
+        """Choose how updates are computed, see SboraLayer: "in_place" (after loading, where it can be) or "gather".
+
+        Raises:
+            UsageError: there is no such form.
+        """
+        if form not in get_args(Form):
+            raise UsageError(f"form {form!r} is unknown: use {' or '.join(get_args(Form))}")
+        for layer in self._layers():
+            layer.form = form
+
+    def restore(self) -> None:
+        """Make every base weight W0 again, bit for bit, until the next forward: for who reads base weights directly."""
+        for layer in self._layers():
+            layer.restore()
+
+    def outdate(self) -> None:
+        """Have every weight written anew by the next forward: after values were changed through `.data`."""
+        for layer in self._layers():
+            layer.outdate()
+
+    def _layers(self) -> Iterator[SboraLayer]:
+        return (module for module in self.modules() if isinstance(module, SboraLayer))
 
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
