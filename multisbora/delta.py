@@ -40,5 +40,9 @@ def delta(values: Array, scaling: float, weight: float = 1.0) -> Array:
         values: trained B (out_features x rank) or A (rank x in_features), fp32.
         scaling: s, applied here and nowhere else.
         weight: lambda, the task's weight in a merge.
+
+    Returns:
+        A new array, or `values` itself where the factor is 1.
     """
-    return values * (weight * scaling)  # type: ignore[operator, return-value]
+    factor = weight * scaling
+    return values if factor == 1.0 else values * factor  # type: ignore[operator, return-value]

@@ -8,10 +8,13 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from layers import (
     FORMS,
     TOLERANCE,
@@ -507,6 +510,97 @@ def test_adapters_that_share_cells_are_written_over_one_another() -> None:
     layer.form = "gather"
     assert error(layer(x), output) <= TOLERANCE[torch.bfloat16]
     assert torch.equal(bits(layer.weight), base_bits())
+
+
+class Story(RuleBasedStateMachine):
+    """One bf16 layer with three tasks, some of which cross or share cells, through whatever a program does to it. After
+    every step its outputs are those of a dense oracle, and at the end its base is what it was, bit for bit."""
+
+    TASKS: ClassVar[dict[str, SboraConfig]] = {
+        "math": config("fa", [1, 2, 5]),
+        "code": config("fb", [0, 2, 3], excluded={"lin": [1, 2, 5]}),
+        "chat": config("fb", [2, 5], alpha=4),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = random_weight(dtype=torch.bfloat16)
+        self.layer = adapt(linear(self.base.clone()), **self.TASKS)
+        self.count = 0
+
+    def _random(self, *shape: int) -> Tensor:
+        self.count += 1
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(self.count))
+
+    @rule(task=st.sampled_from(sorted(TASKS)), past_autograd=st.booleans())
+    def write(self, task: str, past_autograd: bool) -> None:
+        values = self.layer.sbora_values[task]
+        drawn = self._random(*values.shape)
+        if past_autograd:
+            values.data = drawn
+        else:
+            fill(self.layer, task, drawn)
+
+    @rule(names=st.lists(st.sampled_from(sorted(TASKS)), unique=True))
+    def activate(self, names: list[str]) -> None:
+        self.layer.set_adapter(names)
+
+    @rule(task=st.sampled_from(sorted(TASKS)), weight=st.sampled_from([0.0, 1.0, -0.5]))
+    def reweigh(self, task: str, weight: float) -> None:
+        self.layer.set_weight(task, weight)
+
+    @rule(form=st.sampled_from(FORMS))
+    def choose(self, form: Form) -> None:
+        self.layer.form = form
+
+    @rule()
+    def evaluate(self) -> None:
+        with torch.no_grad():
+            self.layer(self._random(2, 9).to(torch.bfloat16))
+
+    @precondition(lambda self: self.layer.active_adapters)
+    @rule()
+    def train(self) -> None:
+        names = self.layer.active_adapters
+        self.layer(self._random(3, 9).to(torch.bfloat16)).float().square().sum().backward()
+        with torch.no_grad():
+            for name in names:
+                values = self.layer.sbora_values[name]
+                assert values.grad is not None
+                values.sub_(0.1 * values.grad / values.grad.norm().clamp(min=1e-6))
+                values.grad = None
+
+    @precondition(lambda self: self.layer.active_adapters)
+    @rule()
+    def merge_and_back(self) -> None:
+        self.layer.merge()
+        self.layer(self._random(2, 9).to(torch.bfloat16))
+        self.layer.unmerge()
+
+    @rule()
+    def copy(self) -> None:
+        self.layer = copy.deepcopy(self.layer)
+
+    @rule()
+    def save(self) -> None:
+        assert torch.equal(bits(self.layer.state_dict()["base_layer.weight"]), bits(self.base))
+
+    @invariant()
+    def outputs_are_the_oracle_s(self) -> None:
+        x = self._random(4, 9).to(torch.bfloat16)
+        dense = self.base.double()
+        for name in self.layer.active_adapters:
+            dense = dense + self.layer.get_delta_weight(name).double()
+        with torch.no_grad():
+            assert error(self.layer(x), x.double() @ dense.t()) <= TOLERANCE[torch.bfloat16]
+
+    def teardown(self) -> None:
+        assert torch.equal(bits(self.layer.weight), bits(self.base))
+
+
+Story.TestCase.settings = settings(deadline=None, max_examples=40, stateful_step_count=25)
+test_any_story_of_a_layer = Story.TestCase
 
 
 # --- where it cannot be done --------------------------------------------------------------------------------------

@@ -91,13 +91,14 @@ class _AddRows(torch.autograd.Function):
 class _ThroughWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Linear, live: LiveWeight, parts: Sequence[Part], *values: Tensor) -> Tensor:
+        live.write(layer.weight, parts, renew=any(ctx.needs_input_grad[4:]))
         hidden: Tensor = layer(x)
         ctx.layer, ctx.live, ctx.parts, ctx.x_dtype = layer, live, parts, x.dtype
         kept = []
         for part, wanted in zip(parts, ctx.needs_input_grad[4:], strict=True):
             if wanted:
                 # In the compute dtype, which autocast may have made another than that of x.
-                kept.append(_gather(x, live.index(part.name)).to(hidden.dtype) if part.variant == "fa" else x)
+                kept.append(_gather(x, part.index).to(hidden.dtype) if part.variant == "fa" else x)
         # The values are kept for autograd's own check that nobody changed them before backward.
         ctx.save_for_backward(*kept, *values)
         return hidden
@@ -106,45 +107,42 @@ class _ThroughWeight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        grad_x = None
         flat = _flat(grad)  # (tokens, out)
-        wanted = ctx.needs_input_grad[4:]
-        if ctx.needs_input_grad[0] or any(wanted):
-            # What was active in forward may have been switched off, or weighted anew, since.
-            ctx.live.write(ctx.layer.weight, ctx.parts)
-        if ctx.needs_input_grad[0]:
-            weight = ctx.layer.weight.to(grad.dtype)
-            grad_x = (grad @ (weight.t() if isinstance(ctx.layer, Conv1D) else weight)).to(ctx.x_dtype)
         gradients: list[Tensor | None] = []
-        for part, is_wanted in zip(ctx.parts, wanted, strict=True):
-            gradients.append(_values_gradient(part, ctx.live, flat, next(saved)) if is_wanted else None)
+        for part, wanted in zip(ctx.parts, ctx.needs_input_grad[4:], strict=True):
+            gradients.append(_values_gradient(part, flat, next(saved)) if wanted else None)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            weight = ctx.layer.weight
+            # What was active in forward may have been switched off, or weighted anew, since.
+            ctx.live.write(weight, ctx.parts)
+            weight = weight.to(grad.dtype)
+            grad_x = (grad @ (weight.t() if isinstance(ctx.layer, Conv1D) else weight)).to(ctx.x_dtype)
+        # An optimizer's step comes next, and not every one is counted by torch.
+        ctx.live.outdate(*ctx.parts)
         return grad_x, None, None, None, *gradients
 
 
-def _values_gradient(part: Part, live: LiveWeight, grad: Tensor, kept: Tensor) -> Tensor:
-    """d loss / d values, fp32, in the values' layout; zero in the cells of earlier claims."""
-    if part.variant == "fa":
-        found = _columns_gradient(grad, kept)
-    else:
-        found = _rows_gradient(_gather(grad, live.index(part.name)), kept)
-    found = torch.empty_like(part.values).copy_(found).mul_(delta(1.0, part.scaling, part.weight))
+def _values_gradient(part: Part, grad: Tensor, kept: Tensor) -> Tensor:
+    """d loss / d values, in the values' layout and dtype; zero in the cells of earlier claims."""
+    found = _columns_gradient(grad, kept) if part.variant == "fa" else _rows_gradient(_gather(grad, part.index), kept)
+    found = delta(torch.empty_like(part.values).copy_(found), part.scaling, part.weight)
     if part.excluded is not None:
         found.index_fill_(1 - own_axis(part.variant), part.excluded, 0.0)
-    live.outdate(part.name)
     return found
 
 
 def through_weight(x: Tensor, layer: Linear, live: LiveWeight, parts: Sequence[Part]) -> Tensor:
-    """layer(x), differentiable with respect to x and to the values of the tasks whose updates its weight holds.
+    """layer(x) with the updates of some tasks in its weight, differentiable with respect to x and to their values.
 
-    Once differentiable. Backward holds (r, tokens) of x for each fa task that is trained, and x itself for fb; it
-    writes the weight anew where that has changed since.
+    Once differentiable. Writes the weight anew, in backward too if it has changed since. Backward holds (r, tokens) of
+    x for each fa task that is trained, and x itself for fb.
 
     Args:
         x: (..., in_features).
-        layer: nn.Linear or Conv1D; its weight holds `parts` and needs no gradient.
+        layer: nn.Linear or Conv1D; its weight needs no gradient.
         live: what is written into that weight.
-        parts: all of it, in order.
+        parts: what is to be in it.
 
     Returns:
         (..., out_features), in the dtype that the layer computes in.

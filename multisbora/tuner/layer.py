@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeAlias
 
@@ -32,6 +33,42 @@ _log = logging.getLogger(__name__)
 @cache
 def _say_once(message: str) -> None:
     _log.warning(message)
+
+
+@dataclass(slots=True)
+class _Plan:
+    """How a layer computes in place, worked out once, and what that was worked out from.
+
+    Attributes:
+        factors: adapter -> (scaling, lambda).
+        drops: whether an adapter has dropout, which is not computed in place.
+        parts: what the base weight is to hold; None where it cannot.
+    """
+
+    active: str | list[str]
+    weight: Any
+    hook: Any
+    factors: dict[str, tuple[float, float]]
+    drops: bool
+    parts: list[Part] | None
+
+    def holds(self, layer: SboraLayer) -> bool:
+        base = layer.__dict__["_modules"]["base_layer"]
+        parameters = base._parameters
+        bias = parameters.get("bias")
+        values = layer.__dict__["_modules"]["sbora_values"]._parameters
+        return (
+            parameters.get("weight") is self.weight
+            and not (self.parts and (self.weight.requires_grad or "ds_id" in self.weight.__dict__))
+            and not (self.parts and bias is not None and bias.requires_grad)
+            and base.__dict__.get("_hf_hook") is self.hook
+            and layer._active_adapter == self.active
+            and all(values[part.name] is part.values for part in self.parts or ())
+            and all(
+                layer.scaling[name] == scaling and layer.weight_of[name] == weight
+                for name, (scaling, weight) in self.factors.items()
+            )
+        )
 
 
 class SboraLayer(nn.Module, BaseTunerLayer):
@@ -88,6 +125,7 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._merged = LiveWeight()
         self._live = LiveWeight()
+        self._plan: _Plan | None = None
         self._shared = shared
         self._is_replica = False
         self._weight_at_injection = (getattr(base_layer, "weight", None),)  # in a tuple, or it would be registered
@@ -99,7 +137,7 @@ class SboraLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: SboraConfig, module: str, inference_mode: bool = False) -> None:
         """Add or replace one task's adapter on this layer; its values start at zero, so it changes nothing yet."""
         region = config.region(module, self.shape)
-        self.restore()
+        self._start_over()
         self.variant[adapter_name] = region.variant
         self.scaling[adapter_name] = scaling(
             pattern_value(config.alpha_pattern, module, config.alpha), region.rank, config.use_rslora
@@ -142,26 +180,22 @@ class SboraLayer(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------------------------------------------- forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        names = [] if self.disable_adapters else [n for n in self.active_adapters if n in self.sbora_values]
-        if self.merged or not names:
-            self.restore()
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if not (args or kwargs) and self._holds_updates(names):
-            return self._forward_in_place(x, [self._part(name) for name in names])
+        parts = None if args or kwargs or torch.compiler.is_compiling() else self._parts_in_place()
+        if parts:
+            layer = self.__dict__["_modules"]["base_layer"]  # what nn.Module finds slowly
+            if torch.is_grad_enabled() and (x.requires_grad or any(part.values.requires_grad for part in parts)):
+                return through_weight(x, layer, self._live, parts)
+            self._live.write(layer.weight, parts)
+            return layer(x)  # type: ignore[no-any-return]
         self.restore()
         hidden: Tensor = self.base_layer(x, *args, **kwargs)  # (..., out)
-        for name in names:
-            hidden = self._add(name, x, hidden)
+        if not (self._disable_adapters or self.merged_adapters):
+            for name in self.active_adapters:
+                if name in self.sbora_values:
+                    hidden = self._add(name, x, hidden)
         return hidden
-
-    def _forward_in_place(self, x: Tensor, parts: list[Part]) -> Tensor:
-        differentiable = torch.is_grad_enabled() and any(part.values.requires_grad for part in parts)
-        self._live.write(self.base_layer.weight, parts, renew=differentiable)
-        if torch.is_grad_enabled() and (differentiable or x.requires_grad):
-            return through_weight(x, self.base_layer, self._live, parts)
-        return self.base_layer(x)  # type: ignore[no-any-return]
 
     def _add(self, name: str, x: Tensor, hidden: Tensor) -> Tensor:
         update = self.update(name).to(hidden.dtype)
@@ -174,16 +208,35 @@ class SboraLayer(nn.Module, BaseTunerLayer):
             return hidden + F.linear(gathered, update)
         return add_columns(hidden, x, update, indices)
 
-    def _holds_updates(self, names: Sequence[str]) -> bool:
-        """Whether this forward is computed in place."""
-        if self.form != "in_place" or torch.compiler.is_compiling():
-            return False  # a compiler fuses the sampled products itself, and cannot follow writes to a weight
-        if self.training and any(self.dropout[name] for name in names):
-            return False
-        obstacle = self._obstacle(names)
-        if obstacle:
+    def _parts_in_place(self) -> list[Part] | None:
+        """What this forward is to find in the base weight; None or nothing where it computes nothing in place.
+
+        A compiler does without: it fuses the sampled products itself, and cannot follow writes to a weight.
+        """
+        if self._disable_adapters or self.merged_adapters or self.form != "in_place":
+            return None
+        plan = self._plan
+        if plan is None or not plan.holds(self):
+            plan = self._plan = self._new_plan()
+        return None if self.training and plan.drops else plan.parts
+
+    def _new_plan(self) -> _Plan:
+        names = [name for name in self.active_adapters if name in self.sbora_values]
+        obstacle = self._obstacle(names) if names else None
+        if obstacle is not None:
             _say_once(f"SBoRA uses the gather form where {obstacle}: same results, a few percent slower")
-        return obstacle is None
+        active: Any = self._active_adapter
+        return _Plan(
+            active=active if isinstance(active, str) else list(active),
+            weight=self.base_layer._parameters.get("weight"),
+            hook=self.base_layer.__dict__.get("_hf_hook"),
+            factors=self._factors(names),
+            drops=any(self.dropout[name] for name in names),
+            parts=[self._part(name) for name in names] if obstacle is None else None,
+        )
+
+    def _factors(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+        return {name: (self.scaling[name], self.weight_of[name]) for name in names}
 
     def _obstacle(self, names: Sequence[str]) -> str | None:
         """Why updates cannot be written into the base weight, if they cannot."""
@@ -215,7 +268,7 @@ class SboraLayer(nn.Module, BaseTunerLayer):
             name=name,
             variant=self.variant[name],
             values=self.sbora_values[name],
-            indices=self.sbora_indices[name],
+            index=self.sbora_indices[name].long(),
             excluded=self.sbora_excluded[name] if name in self.sbora_excluded else None,  # noqa: SIM401
             scaling=self.scaling[name],
             weight=self.weight_of[name],
@@ -230,9 +283,13 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         if len(self._live):
             self._live.restore(self.base_layer.weight if self._is_replica else None)
 
+    def _start_over(self) -> None:
+        self.restore()
+        self._plan = None
+
     def outdate(self) -> None:
         """Have the weight written anew by the next forward, whatever seems to have changed."""
-        self._live.outdate_all()
+        self._live.outdate()
 
     def get_base_layer(self) -> nn.Module:
         self.restore()
@@ -245,7 +302,7 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         return self
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.restore()
+        self._start_over()
         super().delete_adapter(adapter_name)
 
     def _save_to_state_dict(self, *args: Any) -> None:
@@ -253,11 +310,11 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self.restore()
+        self._start_over()
         super()._load_from_state_dict(*args)
 
     def _apply(self, *args: Any, **kwargs: Any) -> SboraLayer:
-        self.restore()
+        self._start_over()
         super()._apply(*args, **kwargs)
         return self
 
@@ -268,7 +325,7 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
-        self.restore()
+        self._start_over()
         return self.__dict__.copy()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
