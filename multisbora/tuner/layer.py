@@ -14,6 +14,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -26,6 +27,7 @@ from .live import LiveWeight, Part
 
 Form: TypeAlias = Literal["in_place", "gather"]
 
+_PLAIN = (nn.Parameter, FakeTensor)  # a fake one stands for a plain one, where memory is predicted
 _DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _log = logging.getLogger(__name__)
 
@@ -244,7 +246,7 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         weight: Any = layer._parameters.get("weight")
         if self.quantization_backend is not None:
             return "the base weight is quantised"
-        if type(weight) is not nn.Parameter or weight.dtype not in _DENSE or weight.ndim != 2:
+        if type(weight) not in _PLAIN or weight.dtype not in _DENSE or weight.ndim != 2:
             return "the base weight is no plain tensor (sharded, quantised or parametrised)"
         if weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
             return "the base layer is trained itself"
