@@ -19,6 +19,7 @@ from .errors import AdapterError, CheckpointError, GeometryError, UsageError
 from .geometry import Geometry, Matrix, Names
 from .header import Header, TensorInfo, read_header
 from .region import VARIANTS, Region, own_axis
+from .view import Quantization
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -54,6 +55,7 @@ class Adapter:
         base_model: name or path of the base model it was trained on, if recorded.
         base_fingerprint: of the base's adaptable tensors (sha256, hex), if recorded.
         claim_digest: of the claims it was trained on (sha256, hex), if recorded.
+        quantization: how the base was quantised while it was trained; None where it was trained on the base as stored.
         digest: sha256 (hex) of its safetensors file.
         modules: module name -> what was trained there, sorted by name.
     """
@@ -65,6 +67,7 @@ class Adapter:
     base_model: str | None
     base_fingerprint: str | None
     claim_digest: str | None
+    quantization: Quantization | None
     digest: str
     modules: dict[str, AdapterModule]
 
@@ -110,6 +113,7 @@ class Adapter:
             base_model=config.text("base_model_name_or_path"),
             base_fingerprint=config.text("base_fingerprint"),
             claim_digest=config.text("claim_digest"),
+            quantization=config.quantization(),
             digest=hashlib.sha256(content).hexdigest(),
             modules=modules,
         )
@@ -181,6 +185,15 @@ class _Config:
         if value is not None and not isinstance(value, str):
             raise AdapterError(f"{self.path}: {key} must be text, got {value!r}")
         return value or None
+
+    def quantization(self) -> Quantization | None:
+        content = self.content.get("base_quantization")
+        if content is None:
+            return None
+        try:
+            return Quantization.from_json(content)
+        except UsageError as error:
+            raise AdapterError(f"{self.path}: base_quantization: {error}; train or fetch the adapter again") from None
 
     def excluded(self, modules: set[str]) -> dict[str, tuple[int, ...]]:
         """module -> indices of the other axis; it may have another of the names that `geometry.Names` knows."""

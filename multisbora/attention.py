@@ -1,5 +1,6 @@
 """Attention over packed examples, one example at a time, so that its cost grows with their lengths and not with the
-square of the whole batch. Importing this module registers it with transformers as "packed_sdpa".
+square of the whole batch: by a flash kernel where one is installed, else by SDPA. Importing this module registers the
+latter with transformers as "packed_sdpa".
 
 transformers' own way for packed examples without a flash kernel is a block-diagonal mask over the whole batch: on a
 CPU, a batch of 8 examples of 128 tokens spends nearly half of its step in masked-out cells.
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 PACKED = "packed_sdpa"
 
@@ -70,6 +72,37 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
         return False
     model.set_attn_implementation(PACKED)
     return True
+
+
+def use_flash_attention(model: PreTrainedModel) -> bool:
+    """Switch a model that `dataset.packs` was asked about to a flash kernel, if there is one. Whether it was done.
+
+    The kernel gets the bounds of the examples by the way that they came to packed attention: as arguments which the
+    model's forward hands on. So what `packs` has found of that way is true of this one.
+    """
+    kernel = flash_kernel(model)
+    if kernel is None or model.config._attn_implementation != PACKED:
+        return False
+    try:
+        model.set_attn_implementation(kernel)
+    except (ImportError, ValueError, RuntimeError):  # transformers knows of a reason: the device, a head's size
+        model.set_attn_implementation(PACKED)
+        return False
+    return True
+
+
+def flash_kernel(model: PreTrainedModel) -> str | None:
+    """transformers' name of the flash attention that this model can use on this machine, or None.
+
+    Only what is installed counts. transformers can also fetch compiled kernels from the hub, which is remote code that
+    nobody asked for.
+    """
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    if not (torch.cuda.is_available() and half and getattr(model, "_supports_flash_attn", False)):
+        return None
+    if is_flash_attn_3_available():
+        return "flash_attention_3"
+    return "flash_attention_2" if is_flash_attn_2_available() else None
 
 
 AttentionInterface.register(PACKED, packed_attention)

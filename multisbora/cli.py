@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from .cli_registry import registry_app
-from .errors import MultisboraError, UsageError, VerificationError
+from .distributed import finish, first_to_fail, is_first
+from .errors import MultisboraError, TrainingError, UsageError, VerificationError
 from .terminal import (
     Composition,
     DryRun,
     Json,
     Model,
+    OneTask,
     Rank,
     Targets,
     Task,
@@ -27,6 +30,9 @@ from .terminal import (
     split_targets,
     table,
 )
+
+if TYPE_CHECKING:
+    from .project import Project
 
 app = typer.Typer(
     help="Train many tasks apart, each in its own region of one base model, and merge any of them exactly.",
@@ -42,17 +48,24 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Another value for a key of the recipe, e.g. training.epochs=1."),
 ]
 Output = Annotated[Path, typer.Option("--output", help="Folder to make.")]
+BaseView = Annotated[
+    str | None,
+    typer.Option(
+        "--base-view",
+        help="Base that adapters are put on: original, or dequantized (quantised as in training and turned back). "
+        "The one they were trained on, if not given.",
+    ),
+]
+
+
+def _hush(message: str) -> None:
+    """What one of a launcher's processes says is said for all of them."""
 
 
 def _quiet_libraries() -> None:
-    """On the command line, what libraries say about their own future is nobody's business."""
-    import warnings
+    from .commands import quiet_libraries
 
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)
+    quiet_libraries()
 
 
 @app.command()
@@ -215,25 +228,82 @@ def release(
 
 @app.command()
 def train(
-    task: Task,
+    task: OneTask = None,
+    tasks: Tasks = None,
     max_steps: Annotated[int | None, typer.Option("--max-steps", help="Optimizer steps, in place of epochs.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option("--quantization", help="Quantise the base to train on it: nf4 or int8.")
+    ] = None,
     composition: Composition = None,
     set_: Set = None,
+    deepspeed: Annotated[
+        Path | None, typer.Option("--deepspeed", help="DeepSpeed config file, in JSON. Start with torchrun.")
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine", help="For --tasks: local (one after another, if not given) or ray (as many at once as fit)."
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="Of a running Ray cluster, HOST:PORT. RAY_ADDRESS, or one here, if not given."),
+    ] = None,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Train one task alone, into adapters/TASK. An interrupted run goes on by itself."""
+    """Train one task alone, into adapters/TASK, or with --tasks several. An interrupted run goes on by itself.
+
+    On several devices, start it with `torchrun --nproc-per-node N -m multisbora train ...` or `accelerate launch`.
+
+    With --tasks each task has a process of its own, and its output goes to adapters/TASK.log. A process that is killed
+    is started again and goes on. Tasks that are trained already are left as they are.
+    """
     from .commands import train_task
     from .project import Project
 
-    overrides = [*(set_ or []), *([f"training.max_steps={max_steps}"] if max_steps is not None else [])]
+    flags = {"max_steps": max_steps, "quantization": quantization}
+    overrides = [*(set_ or []), *(f"training.{key}={value}" for key, value in flags.items() if value is not None)]
+    if (task is None) == (tasks is None):
+        raise UsageError("name the task with --task, or several with --tasks")
+    if task is not None and (engine is not None or address is not None):
+        raise UsageError("--engine and --address are for --tasks: name the task with that")
+    if tasks is not None and deepspeed is not None:
+        raise UsageError("--deepspeed trains one task in several processes: name it with --task")
+
     project = Project.load(composition=composition)
-    found = train_task(project, task, overrides, dry_run=dry_run, say=say, quiet=_quiet_libraries)
+    if task is None:
+        _train_several(project, split(tasks) or [], overrides, engine, address, as_json, dry_run)
+        return
+    talk = say if is_first() else _hush
+    found = train_task(project, task, overrides, deepspeed, dry_run=dry_run, say=talk, quiet=_quiet_libraries)
+    finish()
+    if not is_first():
+        return
     line = f"{found.steps} steps, {found.tokens:,} tokens, {found.trainable_parameters:,} trainable parameters"
     if dry_run:
         show(found.to_json(), as_json, [f"{found.adapter} would be trained: {line}"])
     else:
         show(found.to_json(), as_json, [f"{found.adapter}: {line}, loss {found.loss:.4f}, {found.seconds:.0f} s"])
+
+
+def _train_several(
+    project: Project,
+    tasks: list[str],
+    overrides: list[str],
+    engine: str | None,
+    address: str | None,
+    as_json: bool,
+    dry_run: bool,
+) -> None:
+    from .cluster import train_tasks
+
+    if dry_run or engine == "ray":  # the plan is made in this process; the others have logs of their own
+        _quiet_libraries()
+    found = train_tasks(project, tasks, overrides, engine=engine or "local", address=address, dry_run=dry_run, say=say)
+    show(found.to_json(), as_json, table(found.rows()))
+    if found.failure is not None:
+        raise TrainingError(found.failure)
 
 
 @app.command()
@@ -243,6 +313,7 @@ def merge(
     weight: Annotated[
         list[str] | None, typer.Option("--weight", metavar="TASK=LAMBDA", help="Weight of one task; 1 if not given.")
     ] = None,
+    base_view: BaseView = None,
     composition: Composition = None,
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Merge adapters that were trained on another base.")
@@ -259,6 +330,7 @@ def merge(
         split(tasks),
         _weights(weight or []),
         output,
+        base_view=base_view,
         allow_base_mismatch=allow_base_mismatch,
         dry_run=dry_run,
         say=say,
@@ -307,6 +379,10 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", help="Tokens to generate, if not the recipe's.")
     ] = None,
+    base_view: BaseView = None,
+    quantization: Annotated[
+        str | None, typer.Option("--quantization", help="Quantise a base model, if it is PATH: nf4 or int8.")
+    ] = None,
     set_: Set = None,
     record: Annotated[
         bool, typer.Option("--record", help="Write the scores into the receipt of the merged checkpoint PATH.")
@@ -324,6 +400,8 @@ def evaluate(
         record,
         quiet=_quiet_libraries,
         say=say,
+        base_view=base_view,
+        quantization=quantization,
         method=method,
         limit=limit,
         batch_size=batch_size,
@@ -391,12 +469,12 @@ def main() -> NoReturn:
     """Run the command line. Errors that have a reason end in one line on stderr and the exit code of their kind."""
     # The hub's library warns of each of its retries; it reads this when it is imported, which is later, if at all.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # Importing PEFT imports bitsandbytes, which warns of a kernel for CPUs that it could fetch from the hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(prog_name="multisbora")
-    except MultisboraError as error:
-        print(f"multisbora: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        print(f"multisbora: {error}", file=sys.stderr)
-        sys.exit(MultisboraError.exit_code)
+    except (MultisboraError, OSError) as error:
+        if first_to_fail():
+            print(f"multisbora: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code if isinstance(error, MultisboraError) else MultisboraError.exit_code)
     sys.exit(0)

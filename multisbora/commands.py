@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .adapter import Adapter
 from .allocator import DEFAULT_TARGETS, allocate, matrix_ranks
 from .checkpoint import RECEIPT_FILE, check_output
+from .distributed import is_first
 from .errors import AdapterError, AllocationError, RegistryError, UsageError, VerificationError
 from .lifecycle import existing, required, resolve_targets
 from .memory import Peak, find_config, predict_peak
@@ -29,6 +30,7 @@ from .room import Room, find_rooms, room
 if TYPE_CHECKING:
     from .evaluate import Evaluation
     from .receipt import Receipt
+    from .registry.claims import TaskClaims
     from .train import TrainResult
     from .verify import Proof
 
@@ -172,18 +174,48 @@ def _human(size: int) -> str:
     return f"{size / unit[0]:>8.1f} {unit[1]}" if unit else ""
 
 
+def quiet_libraries() -> None:
+    """On the command line, what libraries say about their own future is nobody's business."""
+    import logging
+    import warnings
+
+    import transformers
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it recommends a package at once
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+
+
+def claims_to_train(project: Project, registry: Registry, task: str) -> TaskClaims:
+    """What a task holds in the project's composition, or else in another one of its own.
+
+    Raises:
+        RegistryError: it holds nothing in any.
+    """
+    there = registry.memberships(project.model_name, task)
+    elsewhere = next(iter(there), project.composition)
+    return registry.task(project.model_name, task, project.composition if project.composition in there else elsewhere)
+
+
 def train_task(
-    project: Project, task: str, overrides: Sequence[str], dry_run: bool, say: Say, quiet: Callable[[], None]
+    project: Project,
+    task: str,
+    overrides: Sequence[str],
+    deepspeed: Path | None,
+    dry_run: bool,
+    say: Say,
+    quiet: Callable[[], None],
 ) -> TrainResult:
-    """Train one task on the claims that the registry holds for it: the same in each of its compositions."""
+    """Train one task on the claims that the registry holds for it: the same in each of its compositions.
+
+    A launcher's processes all call this; the first of them tells the registry.
+    """
     recipe = load(task, Path(project.recipes), overrides)
     with required(project, task) as registry:
-        there = registry.memberships(project.model_name, task)
-        elsewhere = next(iter(there), project.composition)
-        composition = project.composition if project.composition in there else elsewhere
-        claims = registry.task(project.model_name, task, composition)
+        claims = claims_to_train(project, registry, task)
     output = project.adapter(task)
-    if output.exists():
+    if output.exists() and not output.with_name(f"{output.name}.run").exists():
         raise AdapterError(f"{output} is there already: move or delete it to train task {task} anew")
     base = project.base(say)
     from .train import train
@@ -202,11 +234,12 @@ def train_task(
         alpha=project.alpha,
         use_rslora=project.use_rslora,
         geometry=project.base_geometry(base),
+        deepspeed=deepspeed,
         dry_run=dry_run,
         say=say,
         on_start=on_start,
     )
-    if not dry_run:
+    if is_first() and not dry_run:
         detail = {"adapter_digest": Adapter.read(output).digest}
         _tell(project, say, f"{output} is complete", lambda registry: registry.mark(claims, "trained", detail))
     return found
@@ -217,6 +250,7 @@ def merge_tasks(
     tasks: Sequence[str] | None,
     weights: Mapping[str, float],
     output: Path,
+    base_view: str | None,
     allow_base_mismatch: bool,
     dry_run: bool,
     say: Say,
@@ -249,6 +283,7 @@ def merge_tasks(
         [project.adapter(task) for task in chosen],
         weights,
         output=output,
+        base_view=base_view,
         geometry=project.base_geometry(base),
         claims=known,
         allow_base_mismatch=allow_base_mismatch,
@@ -343,3 +378,5 @@ def export_task(project: Project, task: str, format: str, output: Path, dry_run:
         check_output(output)
         return
     export_peft_lora(folder, output, project.geometry(say))
+    if (quantization := Adapter.read(folder).quantization) is not None:
+        say(f"{task} was trained on a base quantised to {quantization}: load the base so when you use {output}")

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,10 +29,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids of one example; those from `answer_start` on are what the model learns or is scored on."""
+    """Token ids of one example; those from `answer_start` on are what the model learns or is scored on.
+
+    Attributes:
+        row: number of its row among those of its source, from 1; 0 where there is none.
+    """
 
     input_ids: list[int]
     answer_start: int
+    row: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +116,86 @@ def _quiet(datasets: Any) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def encode(recipe: Recipe, rows: Sequence[Row], tokenizer: Any, cutoff: int | None = None) -> Encoded:
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Training rows and dev rows, each {number of the row in its source, from 1: row}. No prompt is in both.
+
+    Attributes:
+        of_training: whether the dev rows are training rows that are held out.
+        in_training, in_test: dev rows that are left out, because their prompt is a training row's or a test row's.
+    """
+
+    train: dict[int, Row]
+    dev: dict[int, Row]
+    of_training: bool = False
+    in_training: int = 0
+    in_test: int = 0
+
+
+def split(recipe: Recipe, rows: Sequence[Row], dev: Sequence[Row] | None, test: Sequence[Row]) -> Split:
+    """Set the dev rows of a recipe apart.
+
+    Rows that are held out of the training rows (`dev_size`) are drawn by prompt, from `training.seed` alone: whether a
+    row is held out does not depend on where it stands. Rows with the same prompt stay together, and test rows are never
+    among them.
+
+    Args:
+        rows: all training rows.
+        dev: rows of the recipe's `dev`, if it has one.
+        test: rows whose prompts may not be dev rows' prompts.
+
+    Raises:
+        DataError: a row lacks a field, no dev row is left, or no training row.
+    """
+    numbered = dict(enumerate(rows, 1))
+    if dev is None and recipe.dev_size is None:
+        return Split(numbered, {})
+    tested = {_prompt(recipe, row, f"test row {number}") for number, row in enumerate(test, 1)}
+    groups: dict[str, list[int]] = {}
+    for number, row in numbered.items():
+        groups.setdefault(_prompt(recipe, row, f"row {number} of task {recipe.name}"), []).append(number)
+    if dev is not None:
+        asked = {n: _prompt(recipe, row, f"dev row {n} of task {recipe.name}") for n, row in enumerate(dev, 1)}
+        kept = {n: dev[n - 1] for n, prompt in asked.items() if prompt not in groups and prompt not in tested}
+        if not kept:
+            raise DataError(f"task {recipe.name}: all {len(dev)} dev rows are also training rows or test rows")
+        in_test = sum(prompt in tested for prompt in asked.values())
+        return Split(numbered, kept, in_training=len(dev) - len(kept) - in_test, in_test=in_test)
+
+    size = recipe.dev_size or 0.0
+    wanted = int(size) if size >= 1 else max(1, round(size * len(rows)))
+    if wanted >= len(rows):
+        raise DataError(f"task {recipe.name}: dev_size {size:g} leaves none of {len(rows)} rows to train on")
+    held: set[int] = set()
+    for prompt in sorted(groups.keys() - tested, key=lambda text: _draw(recipe.training.seed, text)):
+        if len(held) + len(groups[prompt]) <= wanted:
+            held.update(groups[prompt])
+    if not held:
+        raise DataError(
+            f"task {recipe.name}: no rows can be held out as dev_size {size:g} asks: rows with the same prompt stay "
+            "together, and test rows stay out; name dev rows with dev, or raise dev_size"
+        )
+    train = {number: row for number, row in numbered.items() if number not in held}
+    return Split(train, {number: numbered[number] for number in sorted(held)}, of_training=True)
+
+
+def _draw(seed: int, prompt: str) -> bytes:
+    return hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
+
+
+def encode(
+    recipe: Recipe,
+    rows: Sequence[Row] | Mapping[int, Row],
+    tokenizer: Any,
+    cutoff: int | None = None,
+    what: str = "row",
+) -> Encoded:
     """Tokenise rows. Prompt and answer are tokenised apart, so that their boundary is the same in training and in use.
 
     Args:
+        rows: in a mapping, by their numbers.
         cutoff: tokens an example may have; None keeps all.
+        what: a row is called in messages.
 
     Raises:
         DataError: a row lacks a field, or the tokenizer has no end-of-sequence token.
@@ -124,8 +205,8 @@ def encode(recipe: Recipe, rows: Sequence[Row], tokenizer: Any, cutoff: int | No
             f"the tokenizer of this base model has no end-of-sequence token, which recipe {recipe.name} needs"
         )
     examples, truncated, dropped, empty, shown = [], 0, 0, 0, ""
-    for number, row in enumerate(rows, 1):
-        prompt, target = recipe.fill(row, f"row {number} of task {recipe.name}")
+    for number, row in rows.items() if isinstance(rows, Mapping) else enumerate(rows, 1):
+        prompt, target = recipe.fill(row, f"{what} {number} of task {recipe.name}")
         if not target.strip():
             empty += 1
             continue
@@ -133,35 +214,38 @@ def encode(recipe: Recipe, rows: Sequence[Row], tokenizer: Any, cutoff: int | No
         ids = [*prompt_ids, *tokenizer(target, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         if cutoff is not None and len(ids) > cutoff:
             truncated += 1
-            shown = shown or f"row {number} has {len(ids)} tokens: {' '.join((prompt + target).split())[-80:]!r}"
+            shown = shown or f"{what} {number} has {len(ids)} tokens: {' '.join((prompt + target).split())[-80:]!r}"
             if len(prompt_ids) >= cutoff:
                 dropped += 1
                 continue
             ids = ids[:cutoff]
         # Nothing predicts the first token of an empty prompt's answer where the tokenizer adds no token of its own.
-        examples.append(Example(ids, max(len(prompt_ids), 1)))
+        examples.append(Example(ids, max(len(prompt_ids), 1), number))
     return Encoded(examples, truncated, dropped, empty, shown)
 
 
-def check_examples(encoded: Encoded, recipe: Recipe, say: Any) -> None:
+def check_examples(encoded: Encoded, recipe: Recipe, say: Any, kind: Literal["", "dev "] = "") -> None:
     """Say how many rows are empty or cut, and show one that is.
+
+    Args:
+        kind: of the rows, in messages; "" is training rows.
 
     Raises:
         DataError: more than the recipe allows, or nothing left.
     """
     total = len(encoded.examples) + encoded.dropped
     if encoded.empty:
-        say(f"task {recipe.name}: {encoded.empty} rows have an empty {recipe.target} and are left out")
+        say(f"task {recipe.name}: {encoded.empty} {kind}rows have an empty {recipe.target} and are left out")
     if not encoded.examples:
         raise DataError(
-            f"task {recipe.name}: no row is left to train on: none has both a {recipe.target} "
-            f"and a prompt below the cutoff of {recipe.training.cutoff} tokens"
+            f"task {recipe.name}: no {kind}row is left to {'score' if kind else 'train on'}: none has "
+            f"both a {recipe.target} and a prompt below the cutoff of {recipe.training.cutoff} tokens"
         )
     if not encoded.truncated:
         return
     share = encoded.truncated / total
     cutoff = recipe.training.cutoff
-    counted = f"task {recipe.name}: {encoded.truncated} of {total} examples ({share:.1%}) exceed {cutoff} tokens"
+    counted = f"task {recipe.name}: {encoded.truncated} of {total} {kind}examples ({share:.1%}) exceed {cutoff} tokens"
     if share > recipe.training.max_truncated:
         raise DataError(
             f"{counted}, more than training.max_truncated {recipe.training.max_truncated:.1%} "
@@ -193,8 +277,11 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
 
     Returns:
         input_ids, position_ids: (1, tokens). logits_to_keep: (answer tokens,), positions in the sequence whose logits
-        predict an answer token. labels: (1, answer tokens), the tokens they predict. All int64. example_lengths: tokens
-        of each example, for `attention.packed_attention`.
+        predict an answer token. labels: (1, answer tokens), the tokens they predict. All int64.
+        The bounds of the examples, for each kind of attention: example_lengths, tokens of each, is read by
+        `attention.packed_attention`. cu_seq_lens_q and cu_seq_lens_k, (examples + 1,) int32, the starts and the end,
+        and max_length_q and max_length_k, tokens of the longest, are read by transformers' flash attention, which would
+        otherwise search the position ids for them in every layer.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -205,12 +292,18 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
         labels += example.input_ids[example.answer_start :]
         positions += range(len(example.input_ids))
         ids += example.input_ids
+    lengths = [len(example.input_ids) for example in examples]
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     return {
         "input_ids": torch.tensor([ids]),
         "position_ids": torch.tensor([positions]),
-        "logits_to_keep": torch.tensor(keep),
-        "labels": torch.tensor([labels]),
-        "example_lengths": [len(example.input_ids) for example in examples],
+        "logits_to_keep": torch.tensor(keep, dtype=torch.long),
+        "labels": torch.tensor([labels], dtype=torch.long),
+        "example_lengths": lengths,
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
     }
 
 
@@ -247,7 +340,7 @@ def packs(model: PreTrainedModel) -> bool:
     model.eval()
     one, two = Example([5, 6, 7, 8, 9], 1), Example([4, 3, 2, 1], 1)
     both, alone = pack([one, two]), pack([two])
-    plain = {key: value for key, value in alone.items() if key != "example_lengths"}
+    plain = {key: alone[key] for key in ("input_ids", "position_ids", "logits_to_keep")}
     try:
         packed, wanted, own = (
             model(

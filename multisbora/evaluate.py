@@ -27,6 +27,7 @@ from .dataset import Example, Row, encode, load_rows, pack, packs, pad
 from .errors import DataError, UsageError
 from .loading import load_model
 from .recipe import Metric, Recipe
+from .view import Kind
 
 Method = Literal["generate", "choice"]
 Say = Callable[[str], None]
@@ -114,6 +115,8 @@ def evaluate(
     num_beams: int | None = None,
     max_new_tokens: int | None = None,
     adapters: Sequence[str | os.PathLike[str]] = (),
+    base_view: str | None = None,
+    quantization: Kind | None = None,
     say: Say = lambda message: None,
     verbose: bool = False,
     seed: int = 0,
@@ -121,7 +124,7 @@ def evaluate(
     """Score a model on the test rows of tasks. Nothing is sampled: same model, rows and machine, same scores.
 
     Args:
-        model_path, base, adapters: see `load_model`.
+        model_path, base, adapters, base_view, quantization: see `load_model`.
         recipes: of the tasks.
         method: "generate" takes the answer from generated text; "choice" takes the option whose text (the recipe's
             `eval.choice`) has the highest log-likelihood, summed over its tokens, after the prompt.
@@ -149,7 +152,7 @@ def evaluate(
     asked = [_questions(recipe, limit, seed, say) for recipe in recipes]
     if method == "choice":
         _check_options(recipes, asked)
-    loaded, tokenizer = load_model(model_path, base, adapters, say=say)
+    loaded, tokenizer = load_model(model_path, base, adapters, base_view=base_view, quantization=quantization, say=say)
     model = loaded.get_base_model() if isinstance(loaded, peft.PeftModel) else loaded
     scores = {}
     for recipe, questions in zip(recipes, asked, strict=True):

@@ -15,10 +15,12 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .adapter import CONFIG_FILE, Adapter
-from .checkpoint import Checkpoint, fingerprint
+from .checkpoint import RECEIPT_FILE, Checkpoint, fingerprint
 from .errors import AdapterError, CheckpointError, UsageError
 from .geometry import from_checkpoint
+from .quantization import describe, loading_options, one_thread, prepare
 from .tuner import SboraLayer
+from .view import Kind, Quantization, choose_view
 
 Say = Callable[[str], None]
 
@@ -28,6 +30,8 @@ def load_model(
     base: str | os.PathLike[str] | None = None,
     adapters: Sequence[str | os.PathLike[str]] = (),
     *,
+    base_view: str | None = None,
+    quantization: Kind | None = None,
     say: Say = lambda message: None,
 ) -> tuple[Any, Any]:
     """A model in eval mode, on the accelerator if there is one, and its tokenizer. Safetensors only, no remote code.
@@ -37,12 +41,16 @@ def load_model(
         base: folder of the base model that an adapter is of; not looked at where `path` is a model folder.
         adapters: folders of further adapters. All adapters are active; PEFT knows them as adapter0, adapter1, ...,
             that of `path` first.
+        base_view: the view of the base that adapters are put on, "original" or "dequantized"; None takes the one that
+            they were trained on. The dequantised one is the quantised base itself, as it was trained on.
+        quantization: quantise a plain base so, or the base of adapters that were trained on the original one; the
+            others say themselves how their base is quantised.
 
     Returns:
         (model, tokenizer): a transformers model, in a PeftModel where there are adapters.
 
     Raises:
-        UsageError: an adapter folder without a base, or two adapters of one task.
+        UsageError: an adapter folder without a base, two adapters of one task, or a view that is not known.
         CheckpointError: the model is missing, damaged, incomplete, or no causal language model.
         AdapterError: an adapter is damaged, or of another base.
     """
@@ -60,13 +68,37 @@ def load_model(
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder: give the folder of a model or of an adapter")
     Checkpoint.open(path)  # a missing, truncated or corrupt file, in one clear line
+    view = _view(read, path, base_view, quantization)
     _check_base(read, path, say)
-    model, tokenizer = load_base(path), load_tokenizer(path)
+    model, tokenizer = load_base(path, view), load_tokenizer(path)
+    if isinstance(view, Quantization) and describe(model) != view:
+        raise AdapterError(
+            f"{read[0].path}: {path} quantised here is not, bit for bit, the base of its training: install the version "
+            "of bitsandbytes that it was trained with, or say --base-view original"
+        )
     if read:
         model = _with_adapters(model, read)
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return model.eval(), tokenizer
+
+
+def _view(adapters: list[Adapter], path: Path, asked: str | None, kind: Kind | None) -> Quantization | Kind | None:
+    """The quantisation that adapters recorded, or the kind that was asked for, or none."""
+    trained = {adapter.task: adapter.quantization for adapter in adapters}
+    if kind is None:
+        if asked == "dequantized" and not any(trained.values()):
+            raise UsageError(f"nothing says how {path} is to be quantised: say --quantization nf4 or int8 too")
+        return choose_view(trained, asked)
+    if asked == "original":
+        raise UsageError(f"--base-view original is the base as it is stored: leave --quantization {kind} out")
+    if told := next((adapter for adapter in adapters if adapter.quantization), None):
+        raise UsageError(f"{told.path} says itself how its base was quantised: leave --quantization {kind} out")
+    if (path / RECEIPT_FILE).is_file():
+        raise UsageError(f"{path} is a merged checkpoint, whose view was chosen when it was merged: take none here")
+    if asked not in (None, "dequantized"):
+        raise UsageError(f"base view {asked!r} is unknown: use original or dequantized")
+    return kind
 
 
 def _check_base(adapters: list[Adapter], base: Path, say: Say) -> None:
@@ -95,13 +127,19 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def load_base(folder: Path) -> Any:
+def load_base(folder: Path, quantization: Kind | Quantization | None = None) -> Any:
     """A transformers model in its stored dtype, from a folder of safetensors. No remote code.
+
+    Args:
+        quantization: quantise its linear layers, but for the head, while it is loaded, and leave it on the accelerator
+            if there is one. Its weights stay exact, see `quantization.keep_exact`.
 
     Raises:
         CheckpointError: it is no causal language model, is damaged, or lacks tensors.
+        UsageError: `quantization` is unknown.
     """
-    with _loading(folder, "a causal language model"):
+    options = {} if quantization is None else loading_options(quantization)
+    with _loading(folder, "a causal language model"), one_thread() if quantization else contextlib.nullcontext():
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto",
@@ -109,11 +147,14 @@ def load_base(folder: Path) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **options,
         )
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
             f"{folder} lacks {len(missing)} tensors of its model, {missing[0]} first: fetch or merge it again"
         )
+    if quantization is not None:
+        prepare(model)
     return model
 
 

@@ -268,7 +268,7 @@ def _materialise(model: Any) -> None:
 
 def _loss(model: Any, examples: list[Any]) -> torch.Tensor:
     from .dataset import pack, pad
-    from .train import answer_loss
+    from .trainer import answer_loss
 
     try:
         batch: dict[str, Any] = pack(examples)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from .checkpoint import (
 )
 from .delta import delta
 from .errors import AdapterError, CheckpointError, MergeError, UsageError
-from .geometry import Geometry, Matrix, from_checkpoint
+from .geometry import Geometry, Matrix, Names, from_checkpoint
 from .receipt import MergedRegion, MergedTask, Receipt, write_card
 from .region import Region
+from .view import Quantization, choose_view
 
 
 def merge(
@@ -41,6 +42,7 @@ def merge(
     weights: Mapping[str, float] | None = None,
     *,
     output: str | os.PathLike[str],
+    base_view: str | None = None,
     geometry: Geometry | None = None,
     claims: Mapping[str, Collection[str]] | None = None,
     allow_base_mismatch: bool = False,
@@ -53,6 +55,9 @@ def merge(
         adapters: folders of trained adapters, one a task, in any order.
         weights: task -> lambda, 1 where it is left out.
         output: folder to make; it appears whole or not at all.
+        base_view: what W0 is: "original", the base as it is stored, or "dequantized", where every matrix that training
+            quantised is quantised and turned back first, as bitsandbytes does it. None takes the view that the adapters
+            were trained on.
         geometry: of the base, where it is known already; read from its headers otherwise.
         claims: task -> digests that the registry knows for the claims it holds now, to refuse an adapter trained on
             others. There is more than one where the claims are older than the way of digesting them.
@@ -60,7 +65,8 @@ def merge(
         dry_run: check everything and return the receipt as far as it is known, without writing.
 
     Raises:
-        UsageError: no adapters, or a weight of an unknown task or that is not finite.
+        UsageError: no adapters, a weight of an unknown task or that is not finite, or adapters that were trained on
+            different views of the base while `base_view` names none.
         AdapterError: an adapter is damaged, belongs to another base or to other claims, or does not fit the base.
         MergeError: two adapters have one name or share a cell, a task changes nothing, or a cell overflows.
         CheckpointError: the base is unreadable, `output` is taken, or the disk is full.
@@ -72,7 +78,9 @@ def merge(
     needed = checkpoint.size()
     check_output(output, needed)
     geometry = geometry or from_checkpoint(base)
-    patches = _plan(loaded, lambdas, geometry, checkpoint)
+    quantization = choose_view({adapter.task: adapter.quantization for adapter in loaded}, base_view)
+    view = None if quantization is None else _View(quantization, geometry, checkpoint)
+    patches = _plan(loaded, lambdas, geometry, checkpoint, view)
     base_print = fingerprint(base, geometry)
     base_checked = all(adapter.base_fingerprint == base_print for adapter in loaded)
     if not base_checked and not allow_base_mismatch:
@@ -85,15 +93,18 @@ def merge(
         tasks={adapter.task: _merged_task(adapter, lambdas[adapter.task], geometry) for adapter in loaded},
         files={path.name: FileDigest(None, path.stat().st_size) for path in copied},
         tensors_changed=tuple(sorted(patches)),
+        quantization=quantization,
     )
     if dry_run:
         return receipt
     with publish(output, needed) as partial:
         files = {
-            path.name: copy_patched(path, partial / path.name, header, patches)
+            path.name: copy_patched(path, partial / path.name, header, (view.patches() if view else {}) | patches)
             for path, header in checkpoint.headers.items()
         }
         files |= {path.name: copy_file(path, partial / path.name) for path in checkpoint.companions()}
+        if view is not None and base_checked:
+            view.check()
         changed = _count_changed(loaded, lambdas, patches)
         tasks = {name: replace(task, cells_changed=changed[name]) for name, task in receipt.tasks.items()}
         files[CARD_FILE] = write_card(partial, replace(receipt, tasks=tasks))
@@ -112,14 +123,67 @@ class _Part:
     matrix: Matrix
 
 
+class _View:
+    """The dequantised base: turns one stored tensor after another into what training saw, and proves that it was so."""
+
+    def __init__(self, quantization: Quantization, geometry: Geometry, checkpoint: Checkpoint) -> None:
+        self.quantization = quantization
+        self._digests: dict[str, str] = {}  # module -> of its dequantised weight
+        self._modules: dict[str, str] = {}  # stored tensor -> module
+        self._transposed = {matrix.tensor for matrix in geometry.matrices if matrix.orientation == "conv1d"}
+        stored = Names(name.removesuffix(".weight") for name in checkpoint.where if name.endswith(".weight"))
+        for module in quantization.modules:
+            names = stored.find(module)
+            if len(names) != 1 or len(checkpoint.info(f"{names[0]}.weight").shape) != 2:
+                raise AdapterError(
+                    f"{module} was quantised in training, but {checkpoint.folder} has no one matrix of that name: "
+                    "merge into the base of the training, or with --base-view original"
+                )
+            self._modules[f"{names[0]}.weight"] = module
+
+    def of(self, tensor: str) -> Callable[[np.ndarray], None] | None:
+        """What makes the stored tensor that of this view, in place; None where it is as stored."""
+        module = self._modules.get(tensor)
+        if module is None:
+            return None
+
+        def dequantize(stored: np.ndarray) -> None:
+            from .quantization import dequantize_stored
+
+            matrix = stored.T if tensor in self._transposed else stored  # (out, in), a view
+            self._digests[module] = dequantize_stored(matrix, self.quantization, module)
+
+        return dequantize
+
+    def patches(self) -> dict[str, Callable[[np.ndarray], None]]:
+        return {tensor: patch for tensor in self._modules if (patch := self.of(tensor)) is not None}
+
+    def check(self) -> None:
+        """Refuse another dequantised base than the adapters were trained on.
+
+        Raises:
+            MergeError: bitsandbytes made other weights here.
+        """
+        from .quantization import digest
+
+        if digest(self._digests.items()) != self.quantization.digest:
+            raise MergeError(
+                "the base dequantised here is not, bit for bit, the one that the tasks were trained on: install the "
+                "version of bitsandbytes that they were trained with, or merge with --base-view original"
+            )
+
+
 @dataclass(slots=True)
 class _TensorPatch:
-    """Patches one stored tensor, and counts per task the cells whose bits changed."""
+    """Patches one stored tensor, and counts per task the cells whose bits changed, against the view of the base."""
 
     parts: list[_Part]
+    dequantize: Callable[[np.ndarray], None] | None = None
     changed: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, stored: np.ndarray) -> None:
+        if self.dequantize is not None:
+            self.dequantize(stored)
         bits = np.dtype(f"u{stored.dtype.itemsize}")
         for part in self.parts:
             region, values = part.module.region, part.module.values
@@ -198,7 +262,11 @@ def _refuse_base(loaded: list[Adapter], base_print: str, checkpoint: Checkpoint)
 
 
 def _plan(
-    loaded: list[Adapter], lambdas: Mapping[str, float], geometry: Geometry, checkpoint: Checkpoint
+    loaded: list[Adapter],
+    lambdas: Mapping[str, float],
+    geometry: Geometry,
+    checkpoint: Checkpoint,
+    view: _View | None,
 ) -> dict[str, _TensorPatch]:
     """What to change in which stored tensor, after every check that needs no weights."""
     parts: dict[str, list[_Part]] = {}
@@ -217,7 +285,11 @@ def _plan(
                     "merged; allocate both in one and train again"
                 )
     weighted = {tensor: [part for part in sharing if part.weight] for tensor, sharing in parts.items()}
-    return {tensor: _TensorPatch(sharing) for tensor, sharing in weighted.items() if sharing}
+    return {
+        tensor: _TensorPatch(sharing, None if view is None else view.of(tensor))
+        for tensor, sharing in weighted.items()
+        if sharing
+    }
 
 
 def _check_stored(matrix: Matrix, checkpoint: Checkpoint) -> None:

@@ -13,6 +13,7 @@ from typing import Any, cast
 from .checkpoint import CARD_FILE, RECEIPT_FILE, FileDigest
 from .errors import CheckpointError, UsageError
 from .region import Region
+from .view import Quantization
 
 _FORMAT = 1
 _FLAT_LIST = re.compile(r"\[\s+(-?\d+(?:,\s+-?\d+)*)\s+\]")
@@ -62,6 +63,7 @@ class Receipt:
         files: name -> digest of every other file of the checkpoint; in a dry run only the sizes.
         tensors_changed: stored tensors that hold cells of a task whose lambda is not 0.
         scores: what `evaluate` adds; empty after a merge.
+        quantization: of the dequantised base that the tasks were added to; None for the base as stored.
     """
 
     base_model: str
@@ -71,6 +73,7 @@ class Receipt:
     files: dict[str, FileDigest]
     tensors_changed: tuple[str, ...]
     scores: dict[str, Any] = field(default_factory=dict)
+    quantization: Quantization | None = None
 
     @property
     def cells_owned(self) -> int:
@@ -85,7 +88,13 @@ class Receipt:
         """The receipt's file as plain JSON values."""
         return {
             "format": _FORMAT,
-            "base": {"model": self.base_model, "fingerprint": self.base_fingerprint, "checked": self.base_checked},
+            "base": {
+                "model": self.base_model,
+                "fingerprint": self.base_fingerprint,
+                "checked": self.base_checked,
+                "view": "original" if self.quantization is None else "dequantized",
+                "quantization": None if self.quantization is None else self.quantization.to_json(),
+            },
             "tasks": {name: _task_json(task) for name, task in self.tasks.items()},
             "files": {name: {"sha256": file.sha256, "size": file.size} for name, file in self.files.items()},
             "tensors_changed": list(self.tensors_changed),
@@ -132,6 +141,7 @@ class Receipt:
         if isinstance(content, dict) and content.get("format") != _FORMAT:
             raise CheckpointError(f"{path} has format {content.get('format')!r}, not {_FORMAT}: update multisbora")
         try:
+            quantization = content["base"].get("quantization")  # no receipt had it at first: all were of the original
             return cls(
                 base_model=content["base"]["model"],
                 base_fingerprint=content["base"]["fingerprint"],
@@ -140,6 +150,7 @@ class Receipt:
                 files={name: FileDigest(entry["sha256"], entry["size"]) for name, entry in content["files"].items()},
                 tensors_changed=tuple(content["tensors_changed"]),
                 scores=content["scores"],
+                quantization=None if quantization is None else Quantization.from_json(quantization),
             )
         except (KeyError, TypeError, AttributeError, UsageError) as error:
             raise CheckpointError(f"{path} is damaged ({error}): merge again") from None
@@ -154,6 +165,15 @@ def write_card(folder: Path, receipt: Receipt) -> FileDigest:
         for name, task in receipt.tasks.items()
     ]
     checked = "" if receipt.base_checked else "\nThe adapters were merged although they name another base, or none.\n"
+    view = (
+        ""
+        if receipt.quantization is None
+        else f"""
+Its base is not the stored one but the one that the tasks were trained on, which is quantised: the base's
+{len(receipt.quantization.modules)} linear layers were quantised ({receipt.quantization}) and turned back to plain
+weights before the tasks were added, so their other cells differ from the stored base's too.
+"""
+    )
     text = f"""---
 {"".join(line + chr(10) for line in front)}tags:
 - multisbora
@@ -168,7 +188,7 @@ base; file names, tensor names, shapes, dtypes and the tokenizer are the base's 
 | task | lambda | variant | matrices | cells owned | cells changed |
 | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
-{checked}
+{checked}{view}
 ## How it was made
 
 Each task owns some columns (fa) or rows (fb) of the weight matrices and was trained there alone (SBoRA, arXiv

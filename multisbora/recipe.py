@@ -18,7 +18,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from .errors import DataError, UsageError
 from .resources import tasks_dir
-from .settings import Strict, read_yaml
+from .settings import Strict, read_yaml, unfit
+from .view import Kind
 
 Metric = Literal["number", "letter", "option"]
 
@@ -56,6 +57,11 @@ class Training(Strict):
         cutoff: tokens an example may have, prompt, answer and end-of-sequence together; the rest is cut off.
         max_truncated: share of examples that may be cut before the run refuses to start.
         max_steps: optimizer steps in place of whole epochs, where it is given.
+        quantization: train on a base quantised by bitsandbytes (QSBoRA): "nf4", 4-bit with double quantisation, or
+            "int8". The base on disk stays what it is.
+        eval_steps: steps from one look at the dev rows to the next, where the recipe has some. The last step has one
+            too, and the adapter of the lowest dev loss is what is kept.
+        early_stopping_patience: the run stops after so many looks at the dev rows without a lower loss; None never.
     """
 
     epochs: float = Field(default=3, gt=0)
@@ -67,12 +73,15 @@ class Training(Strict):
     warmup_steps: int = Field(default=100, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    optimizer: str = "adamw_torch"
+    optimizer: str = "adamw_torch_fused"
     dropout: float = Field(default=0.0, ge=0, lt=1)
     cutoff: int = Field(default=256, gt=0)
     max_truncated: float = Field(default=0.005, ge=0, le=1)
     gradient_checkpointing: bool = False
+    quantization: Kind | None = None
     save_steps: int = Field(default=100, gt=0)
+    eval_steps: int = Field(default=100, gt=0)
+    early_stopping_patience: int | None = Field(default=None, gt=0)
     logging_steps: int = Field(default=10, gt=0)
     seed: int = 0
 
@@ -115,7 +124,12 @@ class Evaluation(Strict):
 
 
 class Recipe(Strict):
-    """One task. `prompt` is a template with the fields of a row in braces; the model learns what stands in `target`."""
+    """One task. `prompt` is a template with the fields of a row in braces; the model learns what stands in `target`.
+
+    Attributes:
+        dev: rows of their own to watch a run by, its loss on what it does not learn.
+        dev_size: in place of `dev`, training rows to hold out for that: a share below 1, or a number of rows.
+    """
 
     name: str
     description: str = ""
@@ -123,6 +137,8 @@ class Recipe(Strict):
     target: str = "output"
     target_modules: tuple[str, ...] | str | None = None
     train: Sources
+    dev: Sources | None = None
+    dev_size: float | None = Field(default=None, gt=0)
     training: Training = Training()
     eval: Evaluation
 
@@ -130,6 +146,19 @@ class Recipe(Strict):
     def _prompt_has_fields(self) -> Recipe:
         if not fields_of(self.prompt):
             raise ValueError("prompt names no field: put at least one in braces, for example {instruction}")
+        return self
+
+    @model_validator(mode="after")
+    def _dev_rows_are_clear(self) -> Recipe:
+        if self.dev is not None and self.dev_size is not None:
+            raise unfit("dev names rows and dev_size holds some of the training rows out: give one of them")
+        if self.dev_size is not None and self.dev_size > 1 and not self.dev_size.is_integer():
+            raise unfit(f"dev_size {self.dev_size:g} is neither a share of the rows below 1 nor a whole number of rows")
+        if self.training.early_stopping_patience and self.dev is None and self.dev_size is None:
+            raise unfit(
+                "training.early_stopping_patience needs dev rows: name some with dev, or hold training rows out with "
+                "dev_size, 0.05 for example"
+            )
         return self
 
     @property

@@ -38,6 +38,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and sa
 Model = Annotated[str | None, typer.Option("--model", help="Base model: a hub id or a folder.")]
 Tasks = Annotated[str | None, typer.Option("--tasks", help="Task names, separated by commas.", callback=_tasks)]
 Task = Annotated[str, typer.Option("--task", help="Name of the task.", callback=_task)]
+OneTask = Annotated[str | None, typer.Option("--task", help="Name of the task.", callback=_task)]
 VariantOption = Annotated[str | None, typer.Option("--variant", help="fa owns columns, fb owns rows.")]
 Rank = Annotated[int | None, typer.Option("--rank", help="Columns or rows that a task owns of each matrix.")]
 Targets = Annotated[str | None, typer.Option("--targets", help="Target modules, separated by commas, or all-linear.")]

@@ -1,7 +1,9 @@
 """Prove that a merged checkpoint is its base plus its adapters and nothing else, bit for bit.
 
 The oracle works on its own: it reads files with safetensors' own reader and derives the expected cells a second time,
-index by index in torch. It shares no code with what it judges, so that a mistake there cannot hide here.
+index by index in torch. It shares no code with what it judges, so that a mistake there cannot hide here. Where tasks
+were added to the dequantised base, it quantises every matrix anew through bitsandbytes' own layers; "the base" is then
+the dequantised one.
 """
 
 from __future__ import annotations
@@ -144,6 +146,7 @@ class _Task:
             self.variant = config["variant"]
             self.fingerprint = config.get("base_fingerprint")
             self.claim_digest = config.get("claim_digest")
+            self.quantization = config.get("base_quantization")
             self.digest = _sha256(folder / "adapter_model.safetensors")
             with _open(folder / "adapter_model.safetensors") as file:
                 keys = list(file.keys())
@@ -236,6 +239,53 @@ class _Weights:
         return tensor
 
 
+class _Dequantized:
+    """The base as quantised training saw it, derived from the stored one through bitsandbytes' own layers."""
+
+    def __init__(self, scheme: dict[str, Any], before: _Weights, transposed: bool) -> None:
+        self.kind, self.double = scheme["kind"], scheme["double"]
+        self.digest = str(scheme["digest"])
+        self.dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[scheme["dtype"]]
+        self.block_size, self.transposed = scheme["block_size"], transposed
+        self.modules: dict[str, str] = {}  # stored tensor -> module
+        self.lines: dict[str, str] = {}
+        layers = {key.removesuffix(".weight") for key in before.where if key.endswith(".weight")}
+        for module in scheme["modules"]:
+            names = _meaning(module, layers)
+            if len(names) != 1:
+                raise ValueError(f"the base has no one tensor for the quantised module {module}")
+            self.modules[f"{names[0]}.weight"] = module
+
+    def of(self, key: str, stored: torch.Tensor) -> torch.Tensor:
+        """A stored tensor quantised and turned back, in its own shape and dtype; itself if it was not quantised."""
+        if key not in self.modules:
+            return stored
+        from bitsandbytes import functional, nn
+
+        values: torch.Tensor = (stored.T if self.transposed else stored).contiguous().to(self.dtype)  # (out, in)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the mean of the scales, which double quantisation takes, depends on their number
+        try:
+            if self.kind == "int8":
+                layer = nn.Int8Params(values, requires_grad=False).to("cpu")
+                values = functional.int8_vectorwise_dequant(layer.CB, layer.SCB).to(self.dtype)
+            else:
+                options = {"blocksize": self.block_size, "compress_statistics": self.double, "quant_type": self.kind}
+                layer = nn.Params4bit(values, requires_grad=False, **options).to("cpu")
+                values = functional.dequantize_4bit(layer.data, layer.quant_state).view(values.shape)
+        finally:
+            torch.set_num_threads(threads)
+        module = self.modules[key]
+        self.lines[module] = hashlib.sha256(_bits(values).numpy().tobytes()).hexdigest()
+        values = values.to(stored.dtype)
+        return values.T.contiguous() if self.transposed else values
+
+    def is_whole(self) -> bool:
+        """Whether all of it has the digest that training recorded."""
+        lines = "".join(f"{module} {line}\n" for module, line in sorted(self.lines.items()))
+        return hashlib.sha256(lines.encode()).hexdigest() == self.digest
+
+
 @dataclass
 class _Audit:
     merged: Path
@@ -280,6 +330,9 @@ class _Audit:
             for entry in receipt["files"].values():
                 entry["sha256"], entry["size"]
             receipt["base"]["fingerprint"], receipt["base"]["checked"]
+            view, scheme = receipt["base"].get("view", "original"), receipt["base"].get("quantization")
+            if (view, scheme is None) not in (("original", True), ("dequantized", False)):
+                raise ValueError(f"the base view {view!r} does not fit its quantisation")
             receipt["tensors_changed"], receipt["cells_changed"], receipt["cells_owned"]
             return dict(receipt)
         except _UNREADABLE as error:
@@ -299,6 +352,9 @@ class _Audit:
     def _tasks(self, receipt: dict[str, Any]) -> None:
         """What the receipt says of each task, against the adapters themselves."""
         base = receipt["base"]
+        scheme = base.get("quantization")
+        if scheme is not None and all(task.quantization != scheme for task in self.tasks):
+            self.problems.append("the receipt has a dequantised base that none of the adapters was trained on")
         for task in self.tasks:
             entry = receipt["tasks"][task.name]
             same = {
@@ -349,17 +405,33 @@ class _Audit:
         if receipt["tensors_changed"] != sorted(k for k, parts in owners.items() if any(t.weight for t, _ in parts)):
             self.problems.append("the receipt lists other changed tensors than the tasks have")
         transposed = _model_type(self.base) in _TRANSPOSED_TYPES
+        seen = self._seen(receipt["base"].get("quantization"), before, transposed)
         for key in sorted(set(before.where) & set(after.where)):
             if before.signature[key] != after.signature[key]:
                 self.problems.append(f"{key} is {after.signature[key]}, in the base {before.signature[key]}")
                 continue
             try:
                 old, new = before.get(key), after.get(key)
+                old = seen.of(key, old) if seen is not None else old
             except _UNREADABLE as error:
                 self.problems.append(f"{key} cannot be read: {_one_line(error)}")
                 continue
             self._tensor(key, old, new, owners.get(key, []), transposed)
             self.tensors += 1
+        if seen is not None and receipt["base"]["checked"] and not seen.is_whole():
+            self.problems.append(
+                "the dequantised base is not, bit for bit, the one that the tasks were trained on: another version of "
+                "bitsandbytes, or another base"
+            )
+
+    def _seen(self, scheme: dict[str, Any] | None, before: _Weights, transposed: bool) -> _Dequantized | None:
+        if scheme is None:
+            return None
+        try:
+            return _Dequantized(scheme, before, transposed)
+        except _UNREADABLE as error:
+            self.problems.append(f"the receipt's quantisation cannot be repeated: {_one_line(error)}")
+            return None
 
     def _owners(self, before: _Weights) -> dict[str, list[tuple[_Task, _Share]]]:
         """Stored tensor -> the tasks that own cells of it."""

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from builders import VOCABULARY
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -27,6 +29,7 @@ from multisbora.attention import PACKED, packed_attention, use_packed_attention
 from multisbora.dataset import (
     Encoded,
     Example,
+    Split,
     check_examples,
     encode,
     load_rows,
@@ -34,10 +37,11 @@ from multisbora.dataset import (
     pack,
     packs,
     pad,
+    split,
 )
 from multisbora.errors import DataError
 from multisbora.recipe import Recipe, Source
-from multisbora.train import answer_loss
+from multisbora.trainer import answer_loss
 
 ROWS = [{"question": "1 + 1", "output": "2"}, {"question": "2 + 5", "output": "7"}]
 
@@ -236,6 +240,82 @@ def test_check_examples() -> None:
     refused(lambda: check(Encoded([], 0, 0, 2, "")), "no row is left")
 
 
+# --- dev rows -----------------------------------------------------------------------------------------------------
+
+
+def row_of(number: int) -> dict[str, Any]:
+    return {"question": f"{number} + 1", "output": f"{number + 1}"}
+
+
+def split_recipe(seed: int = 0, **keys: Any) -> Recipe:
+    content = {"name": "toy", "prompt": "Q: {question} A:", "train": "x.json", "training": {"seed": seed}}
+    return Recipe.model_validate(content | {"eval": {"data": "y.json", "metric": "number"}} | keys)
+
+
+def test_no_dev_rows() -> None:
+    assert split(split_recipe(), ROWS, None, ROWS) == Split({1: ROWS[0], 2: ROWS[1]}, {})
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 40), min_size=2, max_size=60),
+    st.lists(st.integers(0, 40), max_size=10),
+    st.sampled_from([0.1, 0.25, 0.5, 1, 5]),
+    st.integers(0, 3),
+)
+def test_rows_held_out(numbers: list[int], tested: list[int], size: float, seed: int) -> None:
+    """No prompt on both sides, no test row held out, nothing lost, no more than asked for."""
+    rows = [row_of(number) for number in numbers]
+    try:
+        parts = split(split_recipe(seed, dev_size=size), rows, None, [row_of(number) for number in tested])
+    except DataError:  # too few prompts
+        return
+    assert parts.of_training and {**parts.train, **parts.dev} == dict(enumerate(rows, 1))
+    assert not parts.train.keys() & parts.dev.keys() and list(parts.dev) == sorted(parts.dev)
+    train, dev = ({numbers[n - 1] for n in side} for side in (parts.train, parts.dev))
+    assert not train & dev and not dev & set(tested) and train
+    assert 1 <= len(parts.dev) <= (size if size >= 1 else max(1, round(size * len(rows))))
+
+
+def test_what_is_held_out_hangs_on_the_prompt_and_the_seed() -> None:
+    rows = [row_of(number) for number in range(100)]
+
+    def held(rows: list[dict[str, Any]], seed: int = 0) -> set[str]:
+        found = split(split_recipe(seed, dev_size=10), rows, None, [])
+        assert len(found.dev) == 10
+        return {row["question"] for row in found.dev.values()}
+
+    assert held(rows) == held(rows[::-1]) == held(rows) != held(rows, 1)
+    twice = [{**row, "question": f" {row['question'].upper()} "} for row in rows]
+    found = split(split_recipe(dev_size=0.1), [*rows, *twice], None, [])
+    assert sorted(n - 100 for n in found.dev if n > 100) == sorted(n for n in found.dev if n <= 100)
+
+
+def test_dev_rows_of_their_own() -> None:
+    dev = [row_of(1), row_of(50), row_of(60), row_of(2), row_of(70)]
+    parts = split(split_recipe(dev="d.json"), [row_of(1), row_of(2), row_of(3)], dev, [row_of(60), row_of(1)])
+    assert parts.train == {1: row_of(1), 2: row_of(2), 3: row_of(3)}
+    assert parts.dev == {2: row_of(50), 5: row_of(70)} and not parts.of_training
+    assert (parts.in_training, parts.in_test) == (1, 2)
+
+
+def test_dev_rows_that_cannot_be_had() -> None:
+    refused(lambda: split(split_recipe(dev="d.json"), ROWS, ROWS, []), "all 2 dev rows are also training rows")
+    refused(lambda: split(split_recipe(dev_size=2), ROWS, None, []), "leaves none of 2 rows to train on")
+    refused(lambda: split(split_recipe(dev_size=1), ROWS, None, ROWS), "no rows can be held out")
+    refused(lambda: split(split_recipe(dev_size=1), [{"query": "x"}, *ROWS], None, []), "row 1 of task toy", "question")
+
+
+def test_dev_rows_are_named_as_such() -> None:
+    one = encode(split_recipe(), {3: row_of(3), 7: row_of(70)}, Tokenizer(), what="dev row")
+    assert [example.row for example in one.examples] == [3, 7]
+    refused(lambda: encode(split_recipe(), {4: {"question": "x"}}, Tokenizer(), what="dev row"), "dev row 4 of task")
+    cut = encode(split_recipe(), {3: row_of(3), 7: row_of(70)}, Tokenizer(), cutoff=14, what="dev row")
+    assert cut.truncated == 1 and cut.shown.startswith("dev row 7 has")
+    refused(lambda: check_examples(cut, split_recipe(), print, "dev "), "1 of 2 dev examples (50.0%) exceed")
+    refused(lambda: check_examples(Encoded([], 0, 0, 2, ""), recipe(), print, "dev "), "no dev row is left to score")
+
+
 def test_overlap_looks_past_case_and_space() -> None:
     test = [{"question": " 1  +\n1", "output": "x"}, {"question": "2 + 6"}, {"question": "2 + 5"}]
     assert overlap(recipe(), ROWS, test) == 2
@@ -245,13 +325,19 @@ def test_overlap_looks_past_case_and_space() -> None:
 
 def test_pack_and_pad_by_hand() -> None:
     examples = [Example([5, 6, 7], 1), Example([8, 9, 10, 11], 3)]
-    packed = {key: value if isinstance(value, list) else value.tolist() for key, value in pack(examples).items()}
+    packed = {
+        key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in pack(examples).items()
+    }
     assert packed == {
         "input_ids": [[5, 6, 7, 8, 9, 10, 11]],
         "position_ids": [[0, 1, 2, 0, 1, 2, 3]],
         "logits_to_keep": [0, 1, 5],
         "labels": [[6, 7, 11]],
         "example_lengths": [3, 4],
+        "cu_seq_lens_q": [0, 3, 7],
+        "cu_seq_lens_k": [0, 3, 7],
+        "max_length_q": 4,
+        "max_length_k": 4,
     }
     assert {key: value.tolist() for key, value in pad(examples, 0).items()} == {
         "input_ids": [[5, 6, 7, 0], [8, 9, 10, 11]],

@@ -95,7 +95,7 @@ def test_activations_are_what_autograd_saves(llama: Path) -> None:
     """Against the real model on real memory: bytes of the distinct storages that backward was given to keep."""
     from multisbora.attention import use_packed_attention
     from multisbora.dataset import Example, pack
-    from multisbora.train import answer_loss
+    from multisbora.trainer import answer_loss
     from multisbora.tuner import SboraConfig
 
     for variant in ("fa", "fb"):

@@ -32,7 +32,8 @@ from multisbora.merge import merge
 from multisbora.recipe import Recipe
 from multisbora.registry import Registry
 from multisbora.registry.claims import TaskClaims
-from multisbora.train import METRICS_FILE, train
+from multisbora.run import METRICS_FILE
+from multisbora.train import train
 from multisbora.tuner import SboraLayer
 from multisbora.verify import verify
 
@@ -151,6 +152,7 @@ def _journey(folder: Path, named: str) -> Journey:
             model(input_ids=IDS, labels=IDS).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+        model.base_model.restore()
         assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters() if name in before)
         model.save_pretrained(folder / task, save_embedding_layers=False)
     merge(base, made.adapters, {"fa": 0.7}, output=folder / "merged")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,12 +26,17 @@ from multisbora.checkpoint import fingerprint
 from multisbora.dataset import encode, pack
 from multisbora.errors import CheckpointError, DataError, MultisboraError, TrainingError, UsageError
 from multisbora.geometry import Geometry, from_checkpoint
+from multisbora.loading import load_model
 from multisbora.recipe import Recipe
 from multisbora.registry import Registry
 from multisbora.registry.claims import TaskClaims
-from multisbora.train import METRICS_FILE, RUN_FILE, TRAINING_FILE, TrainResult, answer_loss, train
+from multisbora.run import METRICS_FILE, RUN_FILE, hold_run
+from multisbora.train import TRAINING_FILE, TrainResult, train
+from multisbora.trainer import answer_loss
 
 train_module = importlib.import_module("multisbora.train")  # the package's own `train` is the function
+trainer_module = importlib.import_module("multisbora.trainer")
+metrics_module = importlib.import_module("multisbora.metrics")
 NAME = "owner/tiny"
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
 STEPS = 6
@@ -114,9 +120,13 @@ def refused(call: Callable[[], object], kind: type[MultisboraError], *words: str
     return message
 
 
+def losses(folder: Path) -> list[dict[str, Any]]:
+    return [{key: line.get(key) for key in ("step", "loss", "dev_loss", "tokens")} for line in metrics(folder)]
+
+
 def interrupted(step: int, *arguments: Any) -> None:
     """Train with a Ctrl-C at the end of a step."""
-    original = train_module._Metrics.on_step_end
+    original = metrics_module.Metrics.on_step_end
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         original(self, args, state, control, **kwargs)
@@ -124,7 +134,7 @@ def interrupted(step: int, *arguments: Any) -> None:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module._Metrics, "on_step_end", on_step_end)
+        patch.setattr(metrics_module.Metrics, "on_step_end", on_step_end)
         with pytest.raises(KeyboardInterrupt):
             train(*arguments)
 
@@ -192,15 +202,69 @@ def test_same_bytes_again_and_after_an_interruption(llama: Base, recipe: Any, tm
     assert not run.exists()
 
 
-def test_interrupted_after_the_last_step(llama: Base, recipe: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_resume_in_a_later_epoch(
+    llama: Base, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    """The order of a later epoch comes back, also where examples of similar length are put together, and a mean over
+    several steps that began before the checkpoint."""
+    monkeypatch.setattr(train_module, "packs", lambda model: packed)
+    claims = llama.claims["fb"]
+    changed = recipe(training={"max_steps": 11, "batch_size": 8, "save_steps": 5, "logging_steps": 2})
+    train(changed, llama.folder, claims, tmp_path / "whole")
+    interrupted(9, changed, llama.folder, claims, tmp_path / "a")  # three steps an epoch: it goes on in the second
+    said: list[str] = []
+    train(changed, llama.folder, claims, tmp_path / "a", say=said.append)
+    assert any("checkpoint-5" in line for line in said)
+    assert weights(tmp_path / "a") == weights(tmp_path / "whole")
+    assert losses(tmp_path / "a") == losses(tmp_path / "whole")
+
+
+def test_checkpoints_hold_the_adapter_and_no_pickle(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    claims = llama.claims["fa"]
+    interrupted(3, recipe(), llama.folder, claims, tmp_path / "a")
+    (checkpoint,) = (tmp_path / "a.run").glob("checkpoint-*")
+    assert {path.name for path in checkpoint.iterdir()} == {
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "trainer_state.json"),
+        *(f"{part}.{kind}" for part in ("optimizer", "scheduler", "random_0") for kind in ("json", "safetensors")),
+    }
+    values = sum(module.values.nbytes for module in Adapter.read(checkpoint).modules.values())
+    base = sum(path.stat().st_size for path in llama.folder.glob("*.safetensors"))
+    sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
+    assert sizes["adapter_model.safetensors"] < values + 4000 < base / 4
+    assert 2 * values < sizes["optimizer.safetensors"] < 2 * values + 8000  # two moments a value, and names
+    assert {path.name for path in (tmp_path / "a.run").iterdir()} - {checkpoint.name} == {
+        *(RUN_FILE, METRICS_FILE, ".lock"),
+    }
+
+
+def test_a_run_that_was_killed_behind_its_adapter(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    """The adapter is in place, the run's folder not yet gone: the same call says what it said, another is refused."""
+    claims, output = llama.claims["fa"], tmp_path / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module.shutil, "rmtree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(), llama.folder, claims, output)
+    before = weights(output)
+    refused(lambda: train(recipe(), llama.folder, claims, output, alpha=3), CheckpointError, str(output))
+    result = train(recipe(), llama.folder, claims, output)
+    summary = json.loads((output / TRAINING_FILE).read_text())
+    assert (result.steps, result.loss) == (STEPS, summary["loss"]) and weights(output) == before
+    assert not (tmp_path / "a.run").exists()
+    refused(lambda: train(recipe(), llama.folder, claims, output), CheckpointError, str(output))
+
+
+@pytest.mark.parametrize("dev", [{}, {"dev_size": 4, "training": {"eval_steps": STEPS}}], ids=["", "best is last"])
+def test_interrupted_after_the_last_step(llama: Base, recipe: Any, tmp_path: Path, dev: dict[str, Any]) -> None:
     """Killed, or out of disk space, between training and the adapter."""
     claims, output = llama.claims["fa"], tmp_path / "a"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            train(recipe(), llama.folder, claims, output)
-    resumed = train(recipe(), llama.folder, claims, output)
-    whole = train(recipe(), llama.folder, claims, tmp_path / "whole")
+            train(recipe(**dev), llama.folder, claims, output)
+    resumed = train(recipe(**dev), llama.folder, claims, output)
+    whole = train(recipe(**dev), llama.folder, claims, tmp_path / "whole")
+    assert resumed.best_step == (STEPS if dev else None)
     assert weights(output) == weights(tmp_path / "whole")
     assert (resumed.steps, resumed.tokens, resumed.loss) == (whole.steps, whole.tokens, whole.loss)
 
@@ -357,6 +421,105 @@ def test_test_rows_of_another_form_do_not_stop_training(llama: Base, recipe: Any
     assert any("not checked" in line and "question" in line for line in said)
 
 
+# --- dev rows -----------------------------------------------------------------------------------------------------
+
+
+def test_the_best_adapter_is_kept(llama: Base, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dev losses as given here: lowest at step 2, and twice not lower after that."""
+    given = iter([3.0, 2.0, 2.5, 2.0])
+
+    def evaluate(self: Any, *_: Any, **__: Any) -> dict[str, float]:
+        found = {"eval_loss": next(given)}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    monkeypatch.setattr(trainer_module.TaskTrainer, "evaluate", evaluate)
+    claims, said = llama.claims["fa"], []
+    settings = {"eval_steps": 1, "early_stopping_patience": 2, "save_steps": 50, "logging_steps": 50}
+    changed = recipe(training=settings, dev_size=4)
+    result = train(changed, llama.folder, claims, tmp_path / "a", say=said.append)
+    assert (result.steps, result.best_step, result.dev_loss) == (4, 2, 2.0)
+    assert [line["dev_loss"] for line in metrics(tmp_path / "a") if "dev_loss" in line] == [3.0, 2.0, 2.5, 2.0]
+    assert [line["step"] for line in metrics(tmp_path / "a") if "loss" in line] == [1, 2, 3, 4]
+    assert any("4 of 24 training rows are held out" in line for line in said)
+    summary = json.loads((tmp_path / "a" / TRAINING_FILE).read_text())
+    assert (summary["best_step"], summary["dev_loss"], summary["steps"]) == (2, 2.0, 4)
+    assert (summary["examples"], summary["dev_examples"], summary["dev_truncated"]) == (20, 4, 0)
+    # What is kept is the adapter as it was at step 2 of this very schedule.
+    given = iter([3.0, 2.0, 2.5])
+    interrupted(3, changed, llama.folder, claims, tmp_path / "b")
+    assert weights(tmp_path / "b.run" / "checkpoint-2") == weights(tmp_path / "a")
+    json.dumps(result.to_json(), allow_nan=False)
+
+
+def test_dev_rows_are_watched_and_not_learned(llama: Base, recipe: Any, rows: Path, tmp_path: Path) -> None:
+    seen: list[list[int]] = []
+    original = trainer_module.TaskTrainer._collate
+
+    def collate(self: Any, examples: Any) -> Any:
+        seen.append([example.row for example in examples])
+        return original(self, examples)
+
+    claims = llama.claims["fa"]
+    changed = recipe(training={"max_steps": None, "epochs": 2, "eval_steps": 4}, dev_size=0.25)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module.TaskTrainer, "_collate", collate)
+        result = train(changed, llama.folder, claims, tmp_path / "a")
+    learned = {row for batch in seen for row in batch}
+    assert len(learned) == 18 and result.steps == 10  # 18 rows in batches of 4, twice
+    looks = {line["step"]: line["dev_loss"] for line in metrics(tmp_path / "a") if "dev_loss" in line}
+    assert list(looks) == [4, 8, 10]  # the last step too
+    assert result.dev_loss == min(looks.values()) and looks[result.best_step] == result.dev_loss
+    # The same figure from outside, of the adapter that was kept.
+    model, tokenizer = load_model(tmp_path / "a", llama.folder)
+    everything = encode(changed, json.loads(rows.read_text()), tokenizer).examples
+    batch = pack([example for example in everything if example.row not in learned])
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        wanted = float(answer_loss(model(**batch, use_cache=False), labels))
+    assert result.dev_loss == pytest.approx(wanted, rel=2e-3)  # bf16
+    again = train(changed, llama.folder, claims, tmp_path / "b")
+    assert again.dev_loss == result.dev_loss and losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_dev_rows_of_their_own_are_checked(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    def write(*rows: tuple[str, str]) -> str:
+        path = tmp_path / "dev.json"
+        path.write_text(json.dumps([{"question": question, "output": output} for question, output in rows]))
+        return str(path)
+
+    def run(dev: str, **training: Any) -> None:
+        changed = recipe(dev=dev, training=training)
+        train(changed, llama.folder, llama.claims["fa"], tmp_path / "a", dry_run=True, say=said.append)
+
+    said: list[str] = []
+    run(write(("1 plus 1?", "2"), ("7 minus 1?", "6")))
+    assert "task toy: 1 dev rows are left out: 1 have the prompt of a training row, 0 that of a test row" in said
+    long = write(("7 minus 1?", "it is 6, I should think, or so"))
+    refused(lambda: run(long, cutoff=40), DataError, "1 of 1 dev examples", "exceed 40 tokens", "dev row 1 has")
+    run(long, cutoff=40, max_truncated=1)
+    assert any("1 of 1 dev examples (100.0%) exceed 40 tokens and are cut" in line for line in said)
+    refused(lambda: run(write(("1 plus 1?", "2"))), DataError, "all 1 dev rows are also training rows")
+    refused(lambda: run(str(tmp_path / "none.json")), DataError, "none.json does not exist")
+    refused(lambda: run(write(("x", " "))), DataError, "no dev row is left to score")
+
+
+def test_other_dev_rows_are_no_resume(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    claims = llama.claims["fa"]
+    interrupted(3, recipe(dev_size=4), llama.folder, claims, tmp_path / "a")
+    for changes, words in (
+        ({"dev_size": 5}, ("recipe.dev_size was 4.0, is 5.0", "dev_digest was", "train_digest was")),
+        ({"dev_size": 4, "training": {"eval_steps": 7}}, ("recipe.training.eval_steps was 100, is 7",)),
+        ({"dev_size": 4, "training": {"early_stopping_patience": 7}}, ("early_stopping_patience was None, is 7",)),
+        ({}, ("recipe.dev_size was 4.0, is None",)),
+    ):
+        refused(
+            lambda changes=changes: train(recipe(**changes), llama.folder, claims, tmp_path / "a"),
+            TrainingError,
+            *words,
+        )
+
+
 # --- what stops it ------------------------------------------------------------------------------------------------
 
 
@@ -364,7 +527,7 @@ def test_test_rows_of_another_form_do_not_stop_training(llama: Base, recipe: Any
 def test_loss_that_is_not_finite(
     llama: Base, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logging_steps: int
 ) -> None:
-    monkeypatch.setattr(train_module, "answer_loss", lambda *a, **k: answer_loss(*a, **k) * torch.nan)
+    monkeypatch.setattr(trainer_module, "answer_loss", lambda *a, **k: answer_loss(*a, **k) * torch.nan)
     broken = recipe(training={"logging_steps": logging_steps})
     refused(
         lambda: train(broken, llama.folder, llama.claims["fa"], tmp_path / "a"),
@@ -372,6 +535,28 @@ def test_loss_that_is_not_finite(
         *("task toy: loss is nan at step", "lower training.learning_rate"),
     )
     assert not (tmp_path / "a").exists()
+
+
+def test_a_broken_row_is_named_and_the_checkpoint_stays(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    steps = itertools.count(1)
+
+    def loss(outputs: Any, labels: Any, **count: Any) -> Any:
+        return answer_loss(outputs, labels, **count) * (torch.nan if next(steps) == 4 else 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "answer_loss", loss)
+        message = refused(
+            lambda: train(recipe(training={"logging_steps": 50}), llama.folder, llama.claims["fa"], tmp_path / "a"),
+            TrainingError,
+            *("task toy: loss is nan at step 4, on training rows", "plus 1? A: it is"),
+        )
+    named = re.search(r"training rows ([\d, ]+) \(row (\d+): 'Q: (\d+) plus 1", message)
+    assert named is not None
+    assert len(named[1].split(", ")) == 4 and named[1].split(", ")[0] == named[2]
+    assert int(named[2]) == int(named[3]) + 1  # rows count from 1, the questions from 0
+    said: list[str] = []
+    train(recipe(training={"logging_steps": 50}), llama.folder, llama.claims["fa"], tmp_path / "a", say=said.append)
+    assert any("checkpoint-2" in line for line in said)
 
 
 def test_output_is_taken(llama: Base, recipe: Any, tmp_path: Path) -> None:
@@ -406,6 +591,11 @@ def test_data_that_cannot_be_used(llama: Base, recipe: Any, tmp_path: Path) -> N
     [
         ({"optimizer": "adam_wrong"}, ("training.optimizer", "adam_wrong")),
         ({"lr_scheduler": "zigzag"}, ("training.lr_scheduler", "zigzag")),
+        pytest.param(
+            {"optimizer": "paged_adamw_32bit"},
+            ("training.optimizer 'paged_adamw_32bit'", "no CUDA device"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="paged optimizers work here"),
+        ),
     ],
     ids=str,
 )
@@ -452,11 +642,11 @@ def test_the_bar_is_for_terminals(llama: Base, recipe: Any, tmp_path: Path, monk
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(train_module, "tqdm", Bar)
-    monkeypatch.setattr(train_module.sys.stderr, "isatty", lambda: False, raising=False)
+    monkeypatch.setattr(metrics_module, "tqdm", Bar)
+    monkeypatch.setattr(metrics_module.sys.stderr, "isatty", lambda: False, raising=False)
     train(recipe(), llama.folder, llama.claims["fa"], tmp_path / "a")
     assert bars == []
-    monkeypatch.setattr(train_module.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(metrics_module.sys.stderr, "isatty", lambda: True, raising=False)
     result = train(recipe(), llama.folder, llama.claims["fa"], tmp_path / "b")
     (bar,) = bars
     assert bar.settings["total"] == bar.steps == result.steps
@@ -469,25 +659,18 @@ def test_other_rows_under_the_same_name_are_no_resume(llama: Base, recipe: Any, 
         interrupted(3, recipe(), llama.folder, llama.claims["fa"], tmp_path / "a")
         rows.write_text(json.dumps(json.loads(content)[::-1]))
         refused(
-            lambda: train(recipe(), llama.folder, llama.claims["fa"], tmp_path / "a"), TrainingError, "examples was"
+            lambda: train(recipe(), llama.folder, llama.claims["fa"], tmp_path / "a"), TrainingError, "train_digest was"
         )
     finally:
         rows.write_text(content)
 
 
 def test_a_task_trains_once_at_a_time(llama: Base, recipe: Any, tmp_path: Path) -> None:
-    with train_module._alone(tmp_path / "a.run"):
+    with hold_run(tmp_path / "a.run"):
         refused(
             lambda: train(recipe(), llama.folder, llama.claims["fa"], tmp_path / "a"), TrainingError, "a.run is in use"
         )
     train(recipe(), llama.folder, llama.claims["fa"], tmp_path / "a")
-
-
-def test_several_processes_are_refused(
-    llama: Base, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(lambda: train(recipe(), llama.folder, llama.claims["fa"], tmp_path / "a"), TrainingError, "one process")
 
 
 def test_a_full_disk_is_one_line(llama: Base, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
+from ..quantization import keep_exact, record
 from .config import SboraConfig
 from .layer import Form, SboraLayer
 
@@ -29,13 +30,23 @@ class SboraModel(BaseTuner):
     tuner_layer_cls = SboraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def _pre_injection_hook(self, model: nn.Module, config: SboraConfig, adapter_name: str) -> None:
-        """Claims that would be left out in silence are refused before the model is touched."""
-        uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-        self._shared = {key for key, count in uses.items() if count > 1}
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put one adapter's layers into the model: the first, or one more.
+
+        Before the model is touched, claims that would be left out in silence are refused. A model that bitsandbytes
+        quantised is kept exact, and a new adapter records how that was done, since its values belong to those weights.
+        """
+        config = self.peft_config[adapter_name]
         if config.indices is not None and config.target_modules != "all-linear":
             modules = [name for name, _ in model.named_modules() if name]
             config.check_targets([name for name in modules if self._check_target_module_exists(config, name)])
+        keep_exact(model)
+        if config.base_quantization is None and not config.inference_mode:
+            others = [other.base_quantization for other in self.peft_config.values() if other.base_quantization]
+            config.base_quantization = others[0] if others else record(model)
+        uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+        self._shared = {key for key, count in uses.items() if count > 1}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _create_and_replace(
         self,
