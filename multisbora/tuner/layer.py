@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeAlias
@@ -29,12 +30,24 @@ Form: TypeAlias = Literal["in_place", "gather"]
 
 _PLAIN = (nn.Parameter, FakeTensor)  # a fake one stands for a plain one, where memory is predicted
 _DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PRODUCTS = (nn.Linear.forward, Conv1D.forward)
 _log = logging.getLogger(__name__)
+
+
+def _nothing() -> None:
+    return None
 
 
 @cache
 def _say_once(message: str) -> None:
     _log.warning(message)
+
+
+def _extras(layer: Any) -> tuple[Any, ...]:
+    """What may have been put around a layer's own forward."""
+    own = layer.__dict__
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return own.get("forward"), own.get("_hf_hook"), bool(hooked)
 
 
 @dataclass(slots=True)
@@ -49,7 +62,7 @@ class _Plan:
 
     active: str | list[str]
     weight: Any
-    hook: Any
+    extras: tuple[Any, ...]
     factors: dict[str, tuple[float, float]]
     drops: bool
     parts: list[Part] | None
@@ -63,7 +76,7 @@ class _Plan:
             parameters.get("weight") is self.weight
             and not (self.parts and (self.weight.requires_grad or "ds_id" in self.weight.__dict__))
             and not (self.parts and bias is not None and bias.requires_grad)
-            and base.__dict__.get("_hf_hook") is self.hook
+            and _extras(base) == self.extras
             and layer._active_adapter == self.active
             and all(values[part.name] is part.values for part in self.parts or ())
             and all(
@@ -81,9 +94,13 @@ class SboraLayer(nn.Module, BaseTunerLayer):
 
     - in place: the base weight holds W0 + update, rounded to its dtype, at the cells of the active tasks, so that a
       forward is one product and what is trained is bit for bit what a merge writes. W0 is kept aside and comes back
-      with `restore`, which everything does that saves, moves, copies or hands out the base weight.
+      with `restore`, which saving, moving, copying, loading, unloading, disabling and going through the model's
+      parameters do too. Who holds a tensor of W0 over a forward holds what that forward writes: clone it. A base weight
+      that other live models share is theirs to lose: use the other form.
     - gather: the base weight stays as it is; the sampled products of `add_columns` and `add_rows` come on top. It
-      serves bases that are quantised, sharded, offloaded, shared or trained themselves, dropout, and torch.compile.
+      serves bases that are quantised, sharded, offloaded, shared or trained themselves, layers that do more than a
+      product, dropout, torch.compile and tracing. Like the first it is differentiable once, and not by forward
+      mode or torch.func.
 
     The weight is written anew in every forward that can be differentiated, and in others when the values have a new
     version, the active tasks or their lambdas changed, or train() or eval() was called. Values that are changed through
@@ -130,7 +147,9 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         self._plan: _Plan | None = None
         self._shared = shared
         self._is_replica = False
-        self._weight_at_injection = (getattr(base_layer, "weight", None),)  # in a tuple, or it would be registered
+        # Weak, or a sharded model's whole weights would stay in memory.
+        weight = base_layer._parameters.get("weight")
+        self._weight_at_injection: Callable[[], Any] = _nothing if weight is None else weakref.ref(weight)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -184,6 +203,11 @@ class SboraLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
+        recorded = torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
+        if recorded and self.form == "in_place":  # what is recorded shares the weight, now and later
+            raise UsageError(
+                'a model is traced or exported in the gather form: call base_model.set_form("gather") before'
+            )
         parts = None if args or kwargs or torch.compiler.is_compiling() else self._parts_in_place()
         if parts:
             layer = self.__dict__["_modules"]["base_layer"]  # what nn.Module finds slowly
@@ -211,10 +235,7 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         return add_columns(hidden, x, update, indices)
 
     def _parts_in_place(self) -> list[Part] | None:
-        """What this forward is to find in the base weight; None or nothing where it computes nothing in place.
-
-        A compiler does without: it fuses the sampled products itself, and cannot follow writes to a weight.
-        """
+        """What this forward is to find in the base weight; None or nothing where it computes nothing in place."""
         if self._disable_adapters or self.merged_adapters or self.form != "in_place":
             return None
         plan = self._plan
@@ -231,7 +252,7 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         return _Plan(
             active=active if isinstance(active, str) else list(active),
             weight=self.base_layer._parameters.get("weight"),
-            hook=self.base_layer.__dict__.get("_hf_hook"),
+            extras=_extras(self.base_layer),
             factors=self._factors(names),
             drops=any(self.dropout[name] for name in names),
             parts=[self._part(name) for name in names] if obstacle is None else None,
@@ -252,15 +273,19 @@ class SboraLayer(nn.Module, BaseTunerLayer):
             return "the base layer is trained itself"
         if self._shared:
             return "other modules use the base weight too"
-        hook = getattr(layer, "_hf_hook", None)
+        patched, hook, hooked = _extras(layer)
         if weight.is_meta or (hook is not None and getattr(hook, "offload", True)):
             return "the base weight is offloaded"
+        if type(layer).forward not in _PRODUCTS or hooked or (patched is not None and hook is None):
+            return "the base layer does more than a product"
+        if weight.device.type == "cpu" and weight.is_shared():
+            return "other processes use the base weight too"
         if hasattr(weight, "ds_id") or getattr(weight, "_fsdp_flattened", False) or self._is_replica:
             return "the base weight is sharded or replicated"
-        if weight is not self._weight_at_injection[0]:
+        if weight is not self._weight_at_injection():
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 return "the base weight is sharded"  # FSDP2 shows a plain parameter while a layer runs
-            self._weight_at_injection = (weight,)
+            self._weight_at_injection = weakref.ref(weight)
         if weight.is_inference() or any(self.sbora_values[name].is_inference() for name in names):
             return "tensors were made in inference mode"
         return None
@@ -303,6 +328,15 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         super().train(mode)
         return self
 
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            self.restore()
+        super().enable_adapters(enabled)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        self.restore()  # parameters() and named_parameters() of any model around this come through here
+        yield from super().named_modules(*args, **kwargs)
+
     def delete_adapter(self, adapter_name: str) -> None:
         self._start_over()
         super().delete_adapter(adapter_name)
@@ -318,6 +352,7 @@ class SboraLayer(nn.Module, BaseTunerLayer):
     def _apply(self, *args: Any, **kwargs: Any) -> SboraLayer:
         self._start_over()
         super()._apply(*args, **kwargs)
+        self._merged.moved(self.base_layer.weight)
         return self
 
     def _replicate_for_data_parallel(self) -> SboraLayer:
@@ -328,7 +363,7 @@ class SboraLayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._start_over()
-        return self.__dict__.copy()
+        return {**self.__dict__, "_weight_at_injection": _nothing}
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The update of one task as a dense fp32 matrix in the base weight's own orientation."""
@@ -357,7 +392,8 @@ class SboraLayer(nn.Module, BaseTunerLayer):
                 "a quantised weight cannot be merged into exactly: "
                 "run `multisbora merge` on the 16-bit base model, or load it unquantised"
             )
-        self.restore()
+        if names:
+            self._live.seal("a base weight has tasks merged into it since forward: unmerge them before backward")
         for name in names:
             self._merged.append(self.base_layer.weight, self._part(name), finite=safe_merge)
             self.merged_adapters.append(name)
@@ -369,6 +405,11 @@ class SboraLayer(nn.Module, BaseTunerLayer):
             return
         self._merged.restore()
         self.merged_adapters.clear()
+        self._live.seal("")
+
+    def retire(self) -> None:
+        """Leave the base weight alone for good: it is a plain model's again."""
+        self._live.seal("the adapters were unloaded since forward: call backward before")
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

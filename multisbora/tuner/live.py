@@ -3,20 +3,43 @@
 A weight that holds W0 + update at its owned cells needs one product a layer and no second path, in training and in use.
 What makes it safe is kept here: the base's own cells, and an account of everything that was written.
 
-This runs in every forward of every layer, so it works on `.data`, past autograd, with as few calls as it can.
+This runs in every forward of every layer, so it works on `.data`, past autograd, with as few calls as it can. An entry
+is filed before the weight is written and dropped after it is restored, so that an interrupt loses nothing.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..delta import delta
-from ..errors import MergeError
+from ..errors import MergeError, UsageError
 from ..region import Region, Variant
+
+# torch lets other threads run while it writes. One lock for all weights: only who has something to write takes it.
+_LOCK = threading.RLock()
+
+
+class Version:
+    """A tensor's content at a moment, as far as torch can tell without looking at it: writes through `.data` leave no
+    trace. It keeps the memory alive that it speaks of, whose address could be another tensor's otherwise."""
+
+    __slots__ = ("number", "storage")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.storage: Any = tensor.untyped_storage()
+        self.number = tensor._version
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Version, (torch.empty(0),)  # a copy says nothing, and does not copy the memory
+
+    def is_of(self, tensor: Tensor) -> bool:
+        return bool(self.number == tensor._version and self.storage._cdata == tensor.untyped_storage()._cdata)
 
 
 @dataclass(eq=False, slots=True)
@@ -41,10 +64,8 @@ class Part:
     axis: int
     transposed: bool
 
-    def version(self) -> tuple[int, int]:
-        """Another one when the values have changed, as far as torch can tell without looking at them: what is written
-        through `.data` leaves no trace."""
-        return self.values.untyped_storage()._cdata, self.values._version
+    def version(self) -> Version:
+        return Version(self.values)
 
     def cells(self, base: Tensor, weight: Tensor) -> Tensor:
         """What the weight is to hold along `index`: the base's cells with the update, fp32, rounded once (paper eq. 8).
@@ -75,8 +96,8 @@ class _Entry:
 
     part: Part
     base: Tensor
-    version: tuple[int, int]
-    stale: bool = False
+    version: Version
+    stale: bool = True
 
     def is_in(self, weight: Tensor) -> bool:
         cells = self.part.cells(self.base, weight)
@@ -87,17 +108,24 @@ class LiveWeight:
     """The tasks that are written into one weight at present. Every write is `W0 + update`, from W0 as it was kept.
 
     The weight is written without a new version for autograd: whoever differentiates through it has to see to it that it
-    holds the same in backward as it held in forward (`kernels.through_weight` does).
+    holds the same in backward as it held in forward (`kernels.through_weight` does). Several threads may use a weight
+    with the same tasks in it; with different ones they would take it from each other.
     """
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
         self._weight: Tensor | None = None
-        self._version = 0
+        self._version: Version | None = None
         self._disjoint = True
+        self._sealed = ""
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def seal(self, reason: str) -> None:
+        """Restore the weight, and have it left alone from now on: `write` refuses, with this reason. "" opens it."""
+        self.restore()
+        self._sealed = reason
 
     def write(self, weight: Tensor, parts: Sequence[Part], *, renew: bool = False) -> None:
         """Make `weight` hold the base with exactly these tasks, in this order; nothing is done where it does already.
@@ -105,28 +133,40 @@ class LiveWeight:
         Args:
             weight: (out_features, in_features), or transposed; a dense float tensor.
             renew: write also what seems to be there already.
-        """
-        self._follow(weight)
-        entries = self._entries
-        if len(entries) != len(parts) or any(e.part is not part for e, part in zip(entries, parts, strict=True)):
-            self._write_all(weight, parts)
-            return
-        if not renew:
-            for entry in entries:
-                entry.stale = entry.stale or entry.version != entry.part.version()
-        if not self._disjoint and (renew or any(entry.stale for entry in entries)):
-            self._write_all(weight, parts)  # cells that hold two tasks come from both
-            return
-        for entry in entries:
-            if renew or entry.stale:
-                part = entry.part
-                weight.data.index_copy_(part.axis, part.index, part.cells(entry.base, weight.data))
-                entry.version, entry.stale = part.version(), False
 
-    def _write_all(self, weight: Tensor, parts: Sequence[Part]) -> None:
-        self.restore()
-        for part in parts:
-            self.append(weight, part)
+        Raises:
+            UsageError: it is sealed, or somebody else wrote to the weight while tasks were in it.
+        """
+        if renew or not self._is_there(weight, parts):
+            with _LOCK:
+                self._write(weight, parts, renew)
+
+    def _is_there(self, weight: Tensor, parts: Sequence[Part]) -> bool:
+        entries = self._entries
+        return (
+            len(entries) == len(parts)
+            and self._holds(weight)
+            and all(
+                entry.part is part and not entry.stale and entry.version.is_of(part.values)
+                for entry, part in zip(entries, parts, strict=True)
+            )
+        )
+
+    def _write(self, weight: Tensor, parts: Sequence[Part], renew: bool) -> None:
+        if self._sealed:
+            raise UsageError(self._sealed)
+        self._check(weight)
+        entries = self._entries
+        old = [renew or entry.stale or not entry.version.is_of(entry.part.values) for entry in entries]
+        changed = len(entries) != len(parts) or any(e.part is not p for e, p in zip(entries, parts, strict=True))
+        if changed or (not self._disjoint and any(old)):  # cells that hold two tasks come from both
+            self.restore()
+            for part in parts:
+                self.append(weight, part)
+            return
+        for entry, is_old in zip(entries, old, strict=True):
+            if is_old:
+                self._put(weight, entry)
 
     def append(self, weight: Tensor, part: Part, *, finite: bool = False) -> None:
         """Write one more task over what is there.
@@ -136,34 +176,56 @@ class LiveWeight:
 
         Raises:
             MergeError: there is such a value.
+            UsageError: somebody else wrote to the weight while tasks were in it.
         """
-        self._follow(weight)
-        data = weight.data
-        base = data.index_select(part.axis, part.index)
-        cells = part.cells(base, data)
-        if finite and not torch.isfinite(cells).all():
-            raise MergeError(f"adapter {part.name!r} gives weights that are not finite: it seems to be broken")
-        data.index_copy_(part.axis, part.index, cells)
-        if self._entries:
-            region = part.region()
-            self._disjoint = self._disjoint and not any(entry.part.region().meets(region) for entry in self._entries)
-        self._entries.append(_Entry(part, base, part.version()))
-        self._weight, self._version = weight, weight._version
+        with _LOCK:
+            self._check(weight)
+            base = weight.data.index_select(part.axis, part.index)
+            if finite and not torch.isfinite(part.cells(base, weight.data)).all():
+                raise MergeError(f"adapter {part.name!r} gives weights that are not finite: it seems to be broken")
+            if self._entries:
+                region = part.region()
+                meets = any(entry.part.region().meets(region) for entry in self._entries)
+                self._disjoint = self._disjoint and not meets
+            self._weight, self._version = weight, Version(weight)
+            self._entries.append(_Entry(part, base, part.version()))
+            self._put(weight, self._entries[-1])
+
+    def _put(self, weight: Tensor, entry: _Entry) -> None:
+        part = entry.part
+        entry.stale, entry.version = True, part.version()
+        weight.data.index_copy_(part.axis, part.index, part.cells(entry.base, weight.data))
+        entry.stale = False
 
     def restore(self, weight: Tensor | None = None) -> None:
         """Put the base's cells back, bit for bit.
 
         Args:
             weight: a copy of the weight that was written to, if it is to be restored in place of the weight itself.
+
+        Raises:
+            UsageError: somebody else wrote to the weight while tasks were in it.
         """
-        weight = self._weight if weight is None else weight
-        while self._entries:
-            entry = self._entries.pop()
-            assert weight is not None  # `append` sets it with the first entry
-            # The model may have moved to another device or dtype since.
-            index, base = entry.part.index.to(weight.device), entry.base.to(weight)
-            weight.data.index_copy_(entry.part.axis, index, base)
-        self._weight, self._disjoint = None, True
+        if not self._entries:
+            return
+        with _LOCK:
+            if weight is None:
+                weight = self._weight
+                assert weight is not None  # `append` sets it with the first entry
+                self._check(weight)
+            while self._entries:
+                entry = self._entries[-1]
+                weight.data.index_copy_(entry.part.axis, entry.part.index, entry.base)
+                self._entries.pop()
+            self._weight = self._version = None
+            self._disjoint = True
+
+    def moved(self, weight: Tensor) -> None:
+        """The weight was converted to another dtype or device, with all that is in it."""
+        for entry in self._entries:
+            entry.base, entry.part.index = entry.base.to(weight), entry.part.index.to(weight.device)
+        if self._entries:
+            self._weight, self._version = weight, Version(weight)
 
     def copy(self) -> LiveWeight:
         """The same account of what is written, for a copy of the weight."""
@@ -176,14 +238,20 @@ class LiveWeight:
         for entry in self._entries:
             entry.stale = entry.stale or not parts or entry.part in parts
 
-    def _follow(self, weight: Tensor) -> None:
-        """Somebody else may have written to the weight, or put another in its place. Where our cells are still in it
-        (a broadcast of equal weights, a copy), they are ours; where not, the new content is the base."""
-        if not self._entries or (weight is self._weight and weight._version == self._version):
+    def _holds(self, weight: Tensor) -> bool:
+        """Whether nobody has written to the weight or put another in its place, as far as torch can tell."""
+        return weight is self._weight and self._version is not None and self._version.is_of(weight)
+
+    def _check(self, weight: Tensor) -> None:
+        """Refuse a weight in which W0 and the updates cannot be told apart any more. The same content once more, as
+        DistributedDataParallel broadcasts it or a copy has it, is fine."""
+        if not self._entries or self._holds(weight):
             return
-        data = weight.data
-        if all(entry.is_in(data) for entry in (self._entries if self._disjoint else self._entries[-1:])):
-            self._weight, self._version = weight, weight._version
-            return
-        self._entries.clear()
-        self._weight, self._disjoint = None, True
+        checked = self._entries if self._disjoint else self._entries[-1:]
+        if not all(entry.is_in(weight.data) for entry in checked):
+            names = ", ".join(entry.part.name for entry in self._entries)
+            raise UsageError(
+                f"a base weight was changed while the updates of {names} were in it: call restore() on the PEFT "
+                "model's base_model (or unmerge) before base weights are written"
+            )
+        self._weight, self._version = weight, Version(weight)

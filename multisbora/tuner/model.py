@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -10,12 +11,25 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
 from ..quantization import keep_exact, record
 from .config import SboraConfig
 from .layer import Form, SboraLayer
+
+# Their kernels take the weight of out_proj, and not its output.
+_READ_PAST_FORWARD = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
+
+
+def _memory(tensor: Tensor) -> int:
+    """The same for tensors that share memory."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 class SboraModel(BaseTuner):
@@ -44,9 +58,17 @@ class SboraModel(BaseTuner):
         if config.base_quantization is None and not config.inference_mode:
             others = [other.base_quantization for other in self.peft_config.values() if other.base_quantization]
             config.base_quantization = others[0] if others else record(model)
-        uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+        uses = Counter(_memory(p) for _, module in model.named_modules(remove_duplicate=False) for p in _own(module))
         self._shared = {key for key, count in uses.items() if count > 1}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: Any, target_name: str) -> None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if target_name == "out_proj" and model_type in _READ_PAST_FORWARD:
+            raise UsageError(
+                f"out_proj of {model_type} is never called where its fast kernels are installed: change target_modules"
+            )
+        super()._check_target_module_compatiblity(peft_config, model, target_name)
 
     def _create_and_replace(
         self,
@@ -66,16 +88,33 @@ class SboraModel(BaseTuner):
                 f"{current_key} is a {type(target).__name__}: SBoRA adapts linear layers (nn.Linear, its quantised "
                 "forms, Conv1D); change target_modules"
             )
+        if isinstance(target, NonDynamicallyQuantizableLinear):
+            raise UsageError(
+                f"{current_key} is never called, {type(parent).__name__} reads its weight itself: change target_modules"
+            )
         layer = SboraLayer(
             target,
             get_quantization_kwargs(self).get("get_apply_tensor_subclass"),
-            shared=id(getattr(target, "weight", None)) in self._shared,
+            shared=any(_memory(parameter) in self._shared for parameter in _own(target)),
         )
         layer.set_adapter(adapter_name)
         layer.update_layer(adapter_name, config, current_key, inference_mode=config.inference_mode)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise UsageError("adapter_names, an adapter for each row of a batch, cannot be done: use set_adapter")
+        yield
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        layers = list(self._layers())
+        plain = super()._unload_and_optionally_merge(*args, **kwargs)
+        for layer in layers:
+            layer.retire()
+        return plain
 
     def set_weight(self, adapter_name: str, weight: float) -> None:
         """Set lambda of one task in every layer. `weight` is 1 after loading.
@@ -97,6 +136,7 @@ class SboraModel(BaseTuner):
         if form not in get_args(Form):
             raise UsageError(f"form {form!r} is unknown: use {' or '.join(get_args(Form))}")
         for layer in self._layers():
+            layer.restore()
             layer.form = form
 
     def restore(self) -> None:
