@@ -355,7 +355,7 @@ def _wanted_compositions(
         check_name(where, "composition")
         members = [members] if isinstance(members, str) else list(members)
         for task in members:
-            check_name(task)
+            check_name(task, new_task=True)
             found[task] = (*found.get(task, ()), where)
         if len(set(members)) != len(members):
             raise UsageError(f"composition {where} names a task twice ({', '.join(members)}): name each once")

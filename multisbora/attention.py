@@ -44,7 +44,8 @@ def packed_attention(
     if query.device.type == "cpu":
         # The bf16 flash kernel's backward is two to four times slower than the fp32 one on examples of this length.
         query, key, value = query.float(), key.float(), value.float()
-    window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
+    # Some models say None for the layers that see everything, although the module knows of a window.
+    window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
     outputs = []
     start = 0
     for length in example_lengths:
@@ -67,8 +68,13 @@ def _window(length: int, window: int | None, device: torch.device) -> Tensor | N
 
 
 def use_packed_attention(model: PreTrainedModel) -> bool:
-    """Switch a model that uses SDPA to packed attention. Whether it was done; other kinds of attention stay."""
-    if model.config._attn_implementation != "sdpa":
+    """Switch a model that uses SDPA to packed attention. Whether it was done.
+
+    Other kinds of attention stay, and so do models whose layers see chunks of the text (Llama 4): only their own masks
+    tell where a chunk begins.
+    """
+    chunked = getattr(model.config.get_text_config(), "attention_chunk_size", None)
+    if model.config._attn_implementation != "sdpa" or chunked:
         return False
     model.set_attn_implementation(PACKED)
     return True

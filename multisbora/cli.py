@@ -6,20 +6,21 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from .cli_registry import registry_app
-from .distributed import finish, first_to_fail, is_first
-from .errors import MultisboraError, TrainingError, UsageError, VerificationError
+from .cli_train import train
+from .distributed import first_to_fail
+from .errors import MultisboraError, UsageError, VerificationError
 from .terminal import (
     Composition,
     DryRun,
     Json,
     Model,
-    OneTask,
     Rank,
+    Set,
     Targets,
     Task,
     Tasks,
@@ -31,9 +32,6 @@ from .terminal import (
     table,
 )
 
-if TYPE_CHECKING:
-    from .project import Project
-
 app = typer.Typer(
     help="Train many tasks apart, each in its own region of one base model, and merge any of them exactly.",
     no_args_is_help=True,
@@ -43,10 +41,6 @@ app = typer.Typer(
 )
 app.add_typer(registry_app, name="registry")
 
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Another value for a key of the recipe, e.g. training.epochs=1."),
-]
 Output = Annotated[Path, typer.Option("--output", help="Folder to make.")]
 BaseView = Annotated[
     str | None,
@@ -56,16 +50,6 @@ BaseView = Annotated[
         "The one they were trained on, if not given.",
     ),
 ]
-
-
-def _hush(message: str) -> None:
-    """What one of a launcher's processes says is said for all of them."""
-
-
-def _quiet_libraries() -> None:
-    from .commands import quiet_libraries
-
-    quiet_libraries()
 
 
 @app.command()
@@ -130,12 +114,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what tasks would cost and how many more fit. Writes nothing; with --model it needs no project."""
-    from .commands import plan_tasks
+    from .commands import plan_tasks, quiet_libraries
     from .project import Project
 
     project = Project.load_or_default(model=model, variant=variant, rank=rank, composition=composition)
     if batch_size is not None:
-        _quiet_libraries()
+        quiet_libraries()
     found = plan_tasks(project, split(tasks) or [], split_targets(targets), batch_size, length, say)
     show(found.to_json(), as_json, found.lines())
     if found.refusal is not None:
@@ -226,84 +210,7 @@ def release(
     show(result, as_json, [f"{verb} the claims of {task} in composition {project.composition}"])
 
 
-@app.command()
-def train(
-    task: OneTask = None,
-    tasks: Tasks = None,
-    max_steps: Annotated[int | None, typer.Option("--max-steps", help="Optimizer steps, in place of epochs.")] = None,
-    quantization: Annotated[
-        str | None, typer.Option("--quantization", help="Quantise the base to train on it: nf4 or int8.")
-    ] = None,
-    composition: Composition = None,
-    set_: Set = None,
-    deepspeed: Annotated[
-        Path | None, typer.Option("--deepspeed", help="DeepSpeed config file, in JSON. Start with torchrun.")
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            "--engine", help="For --tasks: local (one after another, if not given) or ray (as many at once as fit)."
-        ),
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option("--address", help="Of a running Ray cluster, HOST:PORT. RAY_ADDRESS, or one here, if not given."),
-    ] = None,
-    as_json: Json = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Train one task alone, into adapters/TASK, or with --tasks several. An interrupted run goes on by itself.
-
-    On several devices, start it with `torchrun --nproc-per-node N -m multisbora train ...` or `accelerate launch`.
-
-    With --tasks each task has a process of its own, and its output goes to adapters/TASK.log. A process that is killed
-    is started again and goes on. Tasks that are trained already are left as they are.
-    """
-    from .commands import train_task
-    from .project import Project
-
-    flags = {"max_steps": max_steps, "quantization": quantization}
-    overrides = [*(set_ or []), *(f"training.{key}={value}" for key, value in flags.items() if value is not None)]
-    if (task is None) == (tasks is None):
-        raise UsageError("name the task with --task, or several with --tasks")
-    if task is not None and (engine is not None or address is not None):
-        raise UsageError("--engine and --address are for --tasks: name the task with that")
-    if tasks is not None and deepspeed is not None:
-        raise UsageError("--deepspeed trains one task in several processes: name it with --task")
-
-    project = Project.load(composition=composition)
-    if task is None:
-        _train_several(project, split(tasks) or [], overrides, engine, address, as_json, dry_run)
-        return
-    talk = say if is_first() else _hush
-    found = train_task(project, task, overrides, deepspeed, dry_run=dry_run, say=talk, quiet=_quiet_libraries)
-    finish()
-    if not is_first():
-        return
-    line = f"{found.steps} steps, {found.tokens:,} tokens, {found.trainable_parameters:,} trainable parameters"
-    if dry_run:
-        show(found.to_json(), as_json, [f"{found.adapter} would be trained: {line}"])
-    else:
-        show(found.to_json(), as_json, [f"{found.adapter}: {line}, loss {found.loss:.4f}, {found.seconds:.0f} s"])
-
-
-def _train_several(
-    project: Project,
-    tasks: list[str],
-    overrides: list[str],
-    engine: str | None,
-    address: str | None,
-    as_json: bool,
-    dry_run: bool,
-) -> None:
-    from .cluster import train_tasks
-
-    if dry_run or engine == "ray":  # the plan is made in this process; the others have logs of their own
-        _quiet_libraries()
-    found = train_tasks(project, tasks, overrides, engine=engine or "local", address=address, dry_run=dry_run, say=say)
-    show(found.to_json(), as_json, table(found.rows()))
-    if found.failure is not None:
-        raise TrainingError(found.failure)
+app.command()(train)
 
 
 @app.command()
@@ -381,7 +288,11 @@ def evaluate(
     ] = None,
     base_view: BaseView = None,
     quantization: Annotated[
-        str | None, typer.Option("--quantization", help="Quantise a base model, if it is PATH: nf4 or int8.")
+        str | None,
+        typer.Option(
+            "--quantization",
+            help="Quantise the base, nf4 or int8: PATH itself, or that of an adapter trained on the stored one.",
+        ),
     ] = None,
     set_: Set = None,
     record: Annotated[
@@ -391,14 +302,14 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a base model, an adapter or a merged checkpoint on tasks: answers, and NLL of the right ones."""
-    from .commands import evaluate_path
+    from .commands import evaluate_path, quiet_libraries
 
     found = evaluate_path(
         path,
         split(tasks) or [],
         set_ or [],
         record,
-        quiet=_quiet_libraries,
+        quiet=quiet_libraries,
         say=say,
         base_view=base_view,
         quantization=quantization,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from .adapter import Adapter
 from .board import Board
 from .commands import claims_to_train, quiet_libraries, train_task
 from .distributed import Processes
+from .engines import KilledError, LocalProcesses, RayCluster, Workers
 from .errors import AdapterError, GeometryError, MultisboraError, TrainingError, UsageError
 from .geometry import Geometry
 from .lifecycle import required
@@ -30,7 +32,7 @@ from .project import Project
 from .recipe import Recipe, Training, load
 from .registry.claims import TaskClaims
 from .registry.replay import digests
-from .workers import Job, KilledError, LocalProcesses, RayCluster, Workers
+from .workers import Job
 
 Say = Callable[[str], None]
 ENGINES = ("local", "ray")
@@ -111,12 +113,15 @@ def train_tasks(
         dry_run: check everything, plan, and train nothing.
 
     Raises:
-        UsageError: an unknown task, a recipe with faults, an engine or address that cannot be, or a launcher's process.
+        UsageError: no task or an unknown one, a recipe with faults, an engine or address that cannot be, or a
+            launcher's process.
         RegistryError: a task without claims.
         AdapterError: an adapter of other claims is in the way, or is damaged.
         TrainingError: Ray is not installed or not reached, a node lacks the project, a task fits on no node, the
             registry is a file and the nodes are several, or the call was interrupted.
     """
+    if not tasks:
+        raise UsageError("no task to train was named: name at least one")
     if engine not in ENGINES:
         raise UsageError(f"engine {engine!r} is unknown: use {' or '.join(ENGINES)}")
     if address is not None and engine != "ray":
@@ -265,7 +270,10 @@ def _plan(jobs: Sequence[Job], say: Say) -> dict[str, Outcome]:
 
 
 def _drive(jobs: Sequence[Job], claims: Mapping[str, TaskClaims], workers: Workers, say: Say) -> dict[str, Outcome]:
-    """Have all jobs done; those whose process is killed again, until it was too often."""
+    """Have all jobs done; those whose process is killed again, until it was too often.
+
+    Whatever ends this before its time stops all processes.
+    """
     found: dict[str, Outcome] = {}
     waiting, running = deque(jobs), dict[str, tuple[Job, Any]]()
     with Board(jobs, say) as board, _terminated_as_interrupted():
@@ -289,8 +297,11 @@ def _drive(jobs: Sequence[Job], claims: Mapping[str, TaskClaims], workers: Worke
                         del running[job.task]
                 board.look([job for job, _ in running.values()])
                 time.sleep(_POLL_SECONDS)
-        except KeyboardInterrupt:
-            workers.stop([started for _, started in running.values()])
+        except BaseException as error:
+            with contextlib.suppress(Exception):  # what ended it is what a person needs to hear of
+                workers.stop([started for _, started in running.values()])
+            if not isinstance(error, KeyboardInterrupt):
+                raise
             left = ", ".join(job.task for job in jobs if job.task not in found)
             raise TrainingError(f"interrupted: run the same command again, and {left} will go on or start") from None
     return found
@@ -298,8 +309,11 @@ def _drive(jobs: Sequence[Job], claims: Mapping[str, TaskClaims], workers: Worke
 
 def _after_kill(job: Job, claims: TaskClaims, error: KilledError) -> dict[str, Any] | None:
     """The answer that a killed process has left behind, or that stands for one; None to start it again."""
-    if _is_there(job.project, claims, dry_run=False):
-        return {}
+    try:
+        if _is_there(job.project, claims, dry_run=False):
+            return {}
+    except MultisboraError as told:  # the adapter is damaged, or the registry cannot be reached: the others go on
+        return {"error": f"its process was killed ({error}), and what it left cannot be read: {told}"}
     if job.attempt > RETRIES:
         return {"error": f"its process was killed {job.attempt} times ({error}), for want of memory perhaps"}
     return None
@@ -319,7 +333,13 @@ def _outcome(job: Job, answer: dict[str, Any]) -> Outcome:
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does: a batch system's way to stop a job must not leave its processes behind."""
+    """SIGTERM does what Ctrl-C does: a batch system's way to stop a job must not leave its processes behind.
+
+    Python lets the main thread alone say so, and cannot put back what something else than Python has set.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is None:
+        yield
+        return
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

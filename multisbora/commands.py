@@ -112,9 +112,20 @@ def plan_tasks(
     The peak memory is predicted where `batch_size` (rows of a micro-batch) and `length` (tokens a row) are given, with
     gradient checkpointing if every task's recipe has it. Where there is a registry, `allocate` itself is asked whether
     named tasks can have what the figures say, as a dry run. Writes nothing.
+
+    Raises:
+        UsageError: one of `batch_size` and `length` without the other, or with a task that quantises its base, whose
+            peak is not predicted; or what `plan` and the recipes refuse.
     """
     if (batch_size is None) != (length is None):
         raise UsageError("--batch-size and --length belong together: give rows and tokens a row, or neither")
+    training = [] if batch_size is None else [load(task, Path(project.recipes)).training for task in tasks]
+    for task, settings in zip(tasks, training, strict=False):
+        if settings.quantization is not None:
+            raise UsageError(
+                f"the peak memory is not predicted for a quantised base: task {task} has training.quantization "
+                f"{settings.quantization}; leave --batch-size and --length out, or that task"
+            )
     geometry = project.outline()
     target_modules = resolve_targets(project, tasks, targets)
     refusal: AllocationError | None = None
@@ -156,7 +167,6 @@ def plan_tasks(
     peak = None
     if batch_size is not None and length is not None:
         say("predicting the peak on a model without weights: up to a minute")
-        training = [load(task, Path(project.recipes)).training for task in tasks]
         peak = predict_peak(
             find_config(project.model),
             found,
@@ -206,25 +216,35 @@ def train_task(
     dry_run: bool,
     say: Say,
     quiet: Callable[[], None],
+    on_start: Callable[[], None] = lambda: None,
 ) -> TrainResult:
     """Train one task on the claims that the registry holds for it: the same in each of its compositions.
 
     A launcher's processes all call this; the first of them tells the registry.
+
+    Args:
+        on_start: called once, when the run's folder is held and the registry told.
     """
     recipe = load(task, Path(project.recipes), overrides)
     with required(project, task) as registry:
         claims = claims_to_train(project, registry, task)
     output = project.adapter(task)
     if output.exists() and not output.with_name(f"{output.name}.run").exists():
-        raise AdapterError(f"{output} is there already: move or delete it to train task {task} anew")
+        if (done := _done(output, claims)) is None:
+            raise AdapterError(f"{output} is there already: move or delete it to train task {task} anew")
+        say(f"{output} is complete: the process that trained it was killed before it could tell the registry")
+        if is_first() and not dry_run:
+            _tell_trained(project, claims, output, say)
+        return done
     base = project.base(say)
     from .train import train
 
     quiet()
 
-    def on_start() -> None:
+    def begin() -> None:
         with required(project, task) as registry:
             registry.mark(claims, "training")
+        on_start()
 
     found = train(
         recipe,
@@ -237,12 +257,42 @@ def train_task(
         deepspeed=deepspeed,
         dry_run=dry_run,
         say=say,
-        on_start=on_start,
+        on_start=begin,
     )
     if is_first() and not dry_run:
-        detail = {"adapter_digest": Adapter.read(output).digest}
-        _tell(project, say, f"{output} is complete", lambda registry: registry.mark(claims, "trained", detail))
+        _tell_trained(project, claims, output, say)
     return found
+
+
+def _done(output: Path, claims: TaskClaims) -> TrainResult | None:
+    """What a run came to that was killed when its adapter was in place and the registry not told; else None."""
+    # A launcher's other processes may look when the first one has told the registry already.
+    if claims.stage != "training" and (is_first() or claims.stage != "trained"):
+        return None
+    from .train import TRAINING_FILE, TrainResult
+
+    try:
+        if Adapter.read(output).claim_digest != claims.digest:
+            return None
+        summary = json.loads((output / TRAINING_FILE).read_bytes())
+        return TrainResult(
+            task=claims.task,
+            adapter=output,
+            steps=summary["steps"],
+            tokens=summary["tokens"],
+            loss=summary["loss"],
+            seconds=0.0,
+            trainable_parameters=summary["trainable_parameters"],
+            dev_loss=summary.get("dev_loss"),
+            best_step=summary.get("best_step"),
+        )
+    except (AdapterError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _tell_trained(project: Project, claims: TaskClaims, output: Path, say: Say) -> None:
+    detail = {"adapter_digest": Adapter.read(output).digest}
+    _tell(project, say, f"{output} is complete", lambda registry: registry.mark(claims, "trained", detail))
 
 
 def merge_tasks(
@@ -289,6 +339,8 @@ def merge_tasks(
         allow_base_mismatch=allow_base_mismatch,
         dry_run=dry_run,
     )
+    for sentence in receipt.moved():
+        say(sentence)
     if not dry_run:
         detail = {
             "output": str(output.resolve()),
@@ -373,10 +425,11 @@ def export_task(project: Project, task: str, format: str, output: Path, dry_run:
         raise AdapterError(f"{folder} does not exist: `multisbora train --task {task}` first")
     from .export import export_peft_lora
 
+    adapter, geometry = Adapter.read(folder), project.geometry(say)
     if dry_run:
-        Adapter.read(folder)
+        adapter.fit(geometry)
         check_output(output)
-        return
-    export_peft_lora(folder, output, project.geometry(say))
-    if (quantization := Adapter.read(folder).quantization) is not None:
-        say(f"{task} was trained on a base quantised to {quantization}: load the base so when you use {output}")
+    else:
+        export_peft_lora(folder, output, geometry)
+    if adapter.quantization is not None:
+        say(f"{task} was trained on a base quantised to {adapter.quantization}: load the base so when you use {output}")

@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,8 @@ from .errors import DataError
 from .recipe import Recipe, Source
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# Where a model's configuration says how far back a layer sees.
+_REACHES = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
 Row = dict[str, Any]
 
 
@@ -334,11 +337,14 @@ def packs(model: PreTrainedModel) -> bool:
     """Whether a model keeps packed examples apart: asked of the model itself, with two short sequences.
 
     Compares the logits of the second one in a packed batch with those that it has alone: as a packed batch of one,
-    where they must agree closely, and by the model's own masks, whose 16-bit attention rounds in another way.
+    where they must agree closely, and by the model's own masks, whose 16-bit attention rounds in another way. Both
+    sequences are longer than the model's window or chunk where that is short, so that its masks say something.
     """
     mode = model.training
     model.eval()
-    one, two = Example([5, 6, 7, 8, 9], 1), Example([4, 3, 2, 1], 1)
+    length = _reach(model) + 4
+    one = Example([5 + place % 5 for place in range(length + 1)], 1)
+    two = Example([4 - place % 4 for place in range(length)], 1)
     both, alone = pack([one, two]), pack([two])
     plain = {key: alone[key] for key in ("input_ids", "position_ids", "logits_to_keep")}
     try:
@@ -349,7 +355,7 @@ def packs(model: PreTrainedModel) -> bool:
             ).logits[0]
             for batch in (both, alone, plain)
         )
-    except TypeError:  # a model without position_ids or logits_to_keep
+    except (TypeError, ValueError, NotImplementedError):  # no position_ids or logits_to_keep, or only for some batches
         return False
     finally:
         model.train(mode)
@@ -363,3 +369,32 @@ def packs(model: PreTrainedModel) -> bool:
         bool((packed - other.float()).norm() <= bound * other.float().norm())
         for other, bound in zip((wanted, own), bounds, strict=True)
     )
+
+
+def _reach(model: PreTrainedModel) -> int:
+    """Tokens of the shortest window or chunk of a model's attention; 0 where it is long, or no text longer."""
+    config = model.config.get_text_config()
+    longest = min(256, (getattr(config, "max_position_embeddings", None) or math.inf) - 5)
+    found = (getattr(config, name, None) for name in _REACHES)
+    return min((size for size in found if isinstance(size, int) and 0 < size <= longest), default=0)
+
+
+def check_length(config: Any, needed: int, what: str, remedy: str, loss: str, say: Callable[[str], None]) -> None:
+    """Refuse texts longer than a table of learned positions; say where rotary positions go beyond their training.
+
+    Args:
+        needed: tokens of the longest text.
+        what, remedy, loss: in messages; who needs them, what to do ("{known}" stands for the model's positions), and
+            what a text suffers that is too long all the same.
+
+    Raises:
+        DataError: `needed` tokens are more than the model has positions.
+    """
+    text = config.get_text_config()
+    known = getattr(text, "max_position_embeddings", None)
+    if known is None or needed <= known:
+        return
+    message = f"{what} needs up to {needed} tokens at a time and the model was made for {known}"
+    if getattr(text, "rope_parameters", None) is None and getattr(config, "rope_parameters", None) is None:
+        raise DataError(f"{message}: {remedy.format(known=known)}")
+    say(f"{message}: {loss}")

@@ -24,7 +24,7 @@ from .errors import MultisboraError, TrainingError, UsageError
 if TYPE_CHECKING:
     from .recipe import Training
 
-Kind = Literal["ddp", "fsdp2", "deepspeed"]
+Parallelism = Literal["ddp", "fsdp2", "deepspeed"]
 T = TypeVar("T")
 
 _NAMES = {"ddp": "data parallelism", "fsdp2": "FSDP2", "deepspeed": "DeepSpeed"}
@@ -41,13 +41,13 @@ class Processes:
         count: how many, over all machines.
         rank: number of this one, from 0. Process 0 alone talks, holds the run's folder, tells the registry and
             publishes.
-        kind: how they share the work.
+        parallelism: how they share the work.
         deepspeed: what stands in the DeepSpeed config file, where one was given.
     """
 
     count: int = 1
     rank: int = 0
-    kind: Kind = "ddp"
+    parallelism: Parallelism = "ddp"
     deepspeed: dict[str, Any] | None = None
 
     @classmethod
@@ -95,14 +95,16 @@ class Processes:
     def settings(self) -> dict[str, Any]:
         """What a run's settings keep of it: the order of sums and every process's random state hang on these."""
         found: dict[str, Any] = {"processes": self.count}
-        if self.count > 1 or self.kind != "ddp":
-            found["parallelism"] = self.kind
+        if self.count > 1 or self.parallelism != "ddp":
+            found["parallelism"] = self.parallelism
         if self.deepspeed is not None:
             found["deepspeed"] = self.deepspeed
         return found
 
     def micro_batch(self, batch_size: int, micro_batch_size: int | None) -> tuple[int, int]:
         """Examples on one device at a time, and how many times a step, so that a step is `batch_size` in all.
+
+        The first is the largest divisor of each process's share that is at most `micro_batch_size`.
 
         Raises:
             UsageError: the batch cannot be divided so.
@@ -113,12 +115,8 @@ class Processes:
                 f"training.batch_size {batch_size} cannot be divided among {self.count} processes: "
                 "start a number of processes that divides it, or change it with --set"
             )
-        micro = min(micro_batch_size or each, each)
-        if each % micro:
-            raise UsageError(
-                f"training.batch_size {batch_size} is {each} examples for each of {self.count} processes, "
-                f"no multiple of training.micro_batch_size {micro}: change one of them with --set"
-            )
+        bound = min(micro_batch_size or each, each)
+        micro = next(size for size in range(bound, 0, -1) if each % size == 0)
         return micro, each // micro
 
     def check_recipe(self, training: Training) -> None:
@@ -128,9 +126,9 @@ class Processes:
             UsageError: the batch cannot be divided, or a quantised base would have to be sharded.
         """
         self.micro_batch(training.batch_size, training.micro_batch_size)
-        if training.quantization is not None and self.kind != "ddp":
+        if training.quantization is not None and self.parallelism != "ddp":
             raise UsageError(
-                f"{_NAMES[self.kind]} does not shard bases that are quantised (training.quantization "
+                f"{_NAMES[self.parallelism]} does not shard bases that are quantised (training.quantization "
                 f"{training.quantization}): train with plain data parallelism, or on the 16-bit base"
             )
 
@@ -140,11 +138,11 @@ class Processes:
         Raises:
             TrainingError: they cannot be joined, or came up as something else than was promised.
         """
-        if self.kind == "ddp" and self.count == 1:
+        if self.parallelism == "ddp" and self.count == 1:
             return
         from accelerate import PartialState
 
-        if self.kind == "fsdp2":
+        if self.parallelism == "fsdp2":
             # With it, accelerate loads weights in one process and moves the model through the meta device, where it
             # takes every tensor of the state dict for a sharded one: it fails on the indices of the adapter.
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -155,7 +153,7 @@ class Processes:
                 f"process {self.rank} of {self.count} cannot join the others: {_one_line(error)}"
             ) from error
         came_up = state.distributed_type.value
-        sharded = self.kind == "ddp" or came_up not in ("NO", "MULTI_CPU")
+        sharded = self.parallelism == "ddp" or came_up not in ("NO", "MULTI_CPU")
         if state.num_processes != self.count or state.process_index != self.rank or not sharded:
             raise self._other(came_up, state.num_processes)
 
@@ -166,9 +164,9 @@ class Processes:
             TrainingError: it is something else.
         """
         came_up, count = accelerator.distributed_type.value, accelerator.num_processes
-        if self.kind == "fsdp2":
+        if self.parallelism == "fsdp2":
             right = came_up == "FSDP" and accelerator.is_fsdp2
-        elif self.kind == "deepspeed":
+        elif self.parallelism == "deepspeed":
             right = came_up == "DEEPSPEED"
         else:
             right = came_up.startswith("MULTI_") or (came_up == "NO" and self.count == 1)
@@ -176,12 +174,12 @@ class Processes:
             raise self._other(came_up, count)
 
     def _other(self, came_up: str, count: int) -> TrainingError:
+        name = _NAMES[self.parallelism]
         hint = "look at the launcher's arguments and at what torch says of this machine's devices"
-        if came_up in ("NO", "MULTI_CPU") and self.kind != "ddp":
-            hint = f"{_NAMES[self.kind]} needs accelerators; without them start plain data parallelism with torchrun"
+        if came_up in ("NO", "MULTI_CPU") and self.parallelism != "ddp":
+            hint = f"{name} needs accelerators; without them start plain data parallelism with torchrun"
         return TrainingError(
-            f"the launcher asked for {_NAMES[self.kind]} in {self.count} processes, but {came_up} in {count} came up: "
-            f"{hint}"
+            f"the launcher asked for {name} in {self.count} processes, but {came_up} in {count} came up: {hint}"
         )
 
     @contextlib.contextmanager
@@ -309,6 +307,10 @@ class StepBatches:
         for part in range(parts):
             start, end = part * len(step) // parts, (part + 1) * len(step) // parts
             yield step[start:end] or [self.blank]
+
+
+def hush(message: str) -> None:
+    """What the other processes say instead: what process 0 says is said for all."""
 
 
 def is_first() -> bool:

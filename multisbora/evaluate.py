@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 
 from .answers import LETTERS, OPTION_WORDS, extract, is_right
 from .attention import use_packed_attention
-from .dataset import Example, Row, encode, load_rows, pack, packs, pad
+from .dataset import Example, Row, check_length, encode, load_rows, pack, packs, pad
 from .errors import DataError, UsageError
 from .loading import load_model
 from .recipe import Metric, Recipe
@@ -381,18 +381,8 @@ def _choose(model: Any, tokenizer: Any, recipe: Recipe, questions: list[_Questio
 
 
 def _check_length(model: Any, recipe: Recipe, needed: int, say: Say) -> None:
-    """Refuse texts longer than a table of learned positions; say where rotary positions go beyond their training.
-
-    Raises:
-        DataError: `needed` tokens are more than the model has positions.
-    """
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if known is None or needed <= known:
-        return
-    message = f"task {recipe.name} needs up to {needed} tokens at a time and the model was made for {known}"
-    if getattr(model.config, "rope_parameters", None) is None:
-        raise DataError(f"{message}: lower max_new_tokens, or leave long rows out")
-    say(f"{message}: scores of its longest rows say little")
+    remedy, loss = "lower max_new_tokens, or leave long rows out", "scores of its longest rows say little"
+    check_length(model.config, needed, f"task {recipe.name}", remedy, loss, say)
 
 
 # --------------------------------------------------------------------------------------------------------- generation

@@ -92,7 +92,7 @@ def allocate_tasks(
     """Claims for tasks in the project's composition, or for the tasks of several compositions."""
     names = list(tasks) or list(dict.fromkeys(t for members in (compositions or {}).values() for t in members))
     for name in names:
-        check_name(name)
+        check_name(name, new_task=True)
     target_modules = resolve_targets(project, names, targets)
     geometry = project.geometry(say)
     settings: dict[str, Any] = {
@@ -185,7 +185,7 @@ def rename(project: Project, task: str, name: str, force: bool, dry_run: bool) -
             checkpoint names it.
         AdapterError: its adapter is damaged, its run is not finished, or another adapter is in the way.
     """
-    check_name(name)
+    check_name(name, new_task=True)
     old, new = project.adapter(task), project.adapter(name)
     run = old.with_name(f"{old.name}.run")
     if run.exists():

@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .adapter import CONFIG_FILE, Adapter
 from .checkpoint import RECEIPT_FILE, Checkpoint, fingerprint
@@ -72,8 +72,9 @@ def load_model(
     _check_base(read, path, say)
     model, tokenizer = load_base(path, view), load_tokenizer(path)
     if isinstance(view, Quantization) and describe(model) != view:
+        told = next(adapter for adapter in read if adapter.quantization == view)
         raise AdapterError(
-            f"{read[0].path}: {path} quantised here is not, bit for bit, the base of its training: install the version "
+            f"{told.path}: {path} quantised here is not, bit for bit, the base of its training: install the version "
             "of bitsandbytes that it was trained with, or say --base-view original"
         )
     if read:
@@ -125,6 +126,16 @@ def load_tokenizer(folder: Path) -> Any:
     """
     with _loading(folder, "its tokenizer"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def load_config(folder: Path) -> Any:
+    """The transformers config of a checkpoint.
+
+    Raises:
+        CheckpointError: transformers does not know the model.
+    """
+    with _loading(folder, "a model's config"):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def load_base(folder: Path, quantization: Kind | Quantization | None = None) -> Any:

@@ -106,6 +106,8 @@ def predict_peak(
     rows (padded ones where the model cannot take packed rows), logits at answer positions alone, AdamW. Every storage
     is counted from the operation that makes it until it dies.
 
+    It is the peak on the base as stored, whose update is computed in place; that of a quantised base is another.
+
     Not in it: the interpreter and its libraries (about 0.5 GB), the workspace of kernels, and what the C library's
     allocator keeps of freed memory. An accelerator runs other kernels and leaves attention in the model's dtype.
 

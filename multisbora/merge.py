@@ -327,6 +327,8 @@ def _merged_task(adapter: Adapter, weight: float, geometry: Geometry) -> MergedT
         cells=sum(module.region.cells(geometry.find(name).shape) for name, module in adapter.modules.items()),
         cells_changed=None,
         regions={name: MergedRegion(module.region, module.scaling) for name, module in adapter.modules.items()},
+        trained_view="original" if adapter.quantization is None else "dequantized",
+        quantization=adapter.quantization,
     )
 
 

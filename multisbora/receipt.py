@@ -13,7 +13,7 @@ from typing import Any, cast
 from .checkpoint import CARD_FILE, RECEIPT_FILE, FileDigest
 from .errors import CheckpointError, UsageError
 from .region import Region
-from .view import Quantization
+from .view import BaseView, Quantization
 
 _FORMAT = 1
 _FLAT_LIST = re.compile(r"\[\s+(-?\d+(?:,\s+-?\d+)*)\s+\]")
@@ -39,6 +39,8 @@ class MergedTask:
         cells: number of cells that it owns.
         cells_changed: number of them whose bits differ from the base's; None in a dry run.
         regions: module name -> cells and scaling.
+        trained_view: of the base that it was trained on; None in receipts from before this was recorded.
+        quantization: how that base was quantised, where the view is "dequantized".
     """
 
     weight: float
@@ -49,6 +51,8 @@ class MergedTask:
     cells: int
     cells_changed: int | None
     regions: dict[str, MergedRegion]
+    trained_view: BaseView | None = None
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,14 @@ class Receipt:
         counts = [task.cells_changed for task in self.tasks.values()]
         return None if None in counts else sum(cast(list[int], counts))
 
+    def moved(self) -> list[str]:
+        """A sentence for each task that was trained on another view of the base than it was merged onto."""
+        return [
+            f"{name} was trained on {_base(task.quantization)} and is merged onto {_base(self.quantization)}"
+            for name, task in self.tasks.items()
+            if task.trained_view is not None and task.quantization != self.quantization
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """The receipt's file as plain JSON values."""
         return {
@@ -92,8 +104,7 @@ class Receipt:
                 "model": self.base_model,
                 "fingerprint": self.base_fingerprint,
                 "checked": self.base_checked,
-                "view": "original" if self.quantization is None else "dequantized",
-                "quantization": None if self.quantization is None else self.quantization.to_json(),
+                **_view_json(self.quantization),
             },
             "tasks": {name: _task_json(task) for name, task in self.tasks.items()},
             "files": {name: {"sha256": file.sha256, "size": file.size} for name, file in self.files.items()},
@@ -174,6 +185,7 @@ Its base is not the stored one but the one that the tasks were trained on, which
 weights before the tasks were added, so their other cells differ from the stored base's too.
 """
     )
+    moved = "".join(f"\n{sentence}.\n" for sentence in receipt.moved())
     text = f"""---
 {"".join(line + chr(10) for line in front)}tags:
 - multisbora
@@ -188,7 +200,7 @@ base; file names, tensor names, shapes, dtypes and the tokenizer are the base's 
 | task | lambda | variant | matrices | cells owned | cells changed |
 | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
-{checked}{view}
+{checked}{view}{moved}
 ## How it was made
 
 Each task owns some columns (fa) or rows (fb) of the weight matrices and was trained there alone (SBoRA, arXiv
@@ -224,6 +236,7 @@ def _task_json(task: MergedTask) -> dict[str, Any]:
             }
             for name, merged in task.regions.items()
         },
+        **({} if task.trained_view is None else {"trained_on": _view_json(task.quantization)}),
     }
 
 
@@ -234,4 +247,28 @@ def _task(entry: dict[str, Any]) -> MergedTask:
         )
         for name, region in entry["regions"].items()
     }
-    return MergedTask(**{**entry, "regions": regions})
+    view: BaseView | None = None
+    quantization = None
+    if "trained_on" in entry:  # no receipt had it at first
+        scheme = entry["trained_on"]["quantization"]
+        quantization = None if scheme is None else Quantization.from_json(scheme)
+        view = _view(quantization)
+        if entry["trained_on"]["view"] != view:
+            raise UsageError(f"the view {entry['trained_on']['view']!r} does not fit its quantisation")
+    told = {key: value for key, value in entry.items() if key != "trained_on"}
+    return MergedTask(**{**told, "regions": regions, "trained_view": view, "quantization": quantization})
+
+
+def _view(quantization: Quantization | None) -> BaseView:
+    return "original" if quantization is None else "dequantized"
+
+
+def _view_json(quantization: Quantization | None) -> dict[str, Any]:
+    return {
+        "view": _view(quantization),
+        "quantization": None if quantization is None else quantization.to_json(),
+    }
+
+
+def _base(quantization: Quantization | None) -> str:
+    return "the stored base" if quantization is None else f"the dequantised base ({quantization})"

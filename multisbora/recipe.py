@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from .errors import DataError, UsageError
 from .resources import tasks_dir
@@ -53,16 +53,21 @@ class Training(Strict):
     """Hyperparameters of one task's run, as transformers' Trainer knows them.
 
     Attributes:
-        batch_size: examples a step; `micro_batch_size` of them at a time (None: all).
+        batch_size: examples a step, over all processes.
+        micro_batch_size: the most examples that a process takes at a time (None: its whole share of a step). It takes
+            the largest number below that which divides its share.
         cutoff: tokens an example may have, prompt, answer and end-of-sequence together; the rest is cut off.
         max_truncated: share of examples that may be cut before the run refuses to start.
         max_steps: optimizer steps in place of whole epochs, where it is given.
         quantization: train on a base quantised by bitsandbytes (QSBoRA): "nf4", 4-bit with double quantisation, or
             "int8". The base on disk stays what it is.
+        max_grad_norm: a step's gradients are scaled down to this norm; .inf leaves them as they are.
         eval_steps: steps from one look at the dev rows to the next, where the recipe has some. The last step has one
             too, and the adapter of the lowest dev loss is what is kept.
         early_stopping_patience: the run stops after so many looks at the dev rows without a lower loss; None never.
     """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     epochs: float = Field(default=3, gt=0)
     max_steps: int | None = Field(default=None, gt=0)
@@ -72,7 +77,7 @@ class Training(Strict):
     lr_scheduler: str = "linear"
     warmup_steps: int = Field(default=100, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=True)
     optimizer: str = "adamw_torch_fused"
     dropout: float = Field(default=0.0, ge=0, lt=1)
     cutoff: int = Field(default=256, gt=0)
@@ -83,13 +88,7 @@ class Training(Strict):
     eval_steps: int = Field(default=100, gt=0)
     early_stopping_patience: int | None = Field(default=None, gt=0)
     logging_steps: int = Field(default=10, gt=0)
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _whole_micro_batches(self) -> Training:
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
-        return self
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 class Evaluation(Strict):
@@ -138,7 +137,7 @@ class Recipe(Strict):
     target_modules: tuple[str, ...] | str | None = None
     train: Sources
     dev: Sources | None = None
-    dev_size: float | None = Field(default=None, gt=0)
+    dev_size: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     training: Training = Training()
     eval: Evaluation
 
@@ -154,9 +153,13 @@ class Recipe(Strict):
             raise unfit("dev names rows and dev_size holds some of the training rows out: give one of them")
         if self.dev_size is not None and self.dev_size > 1 and not self.dev_size.is_integer():
             raise unfit(f"dev_size {self.dev_size:g} is neither a share of the rows below 1 nor a whole number of rows")
-        if self.training.early_stopping_patience and self.dev is None and self.dev_size is None:
+        # A recipe that comes back from its own JSON has all keys given, with their defaults.
+        steps = Training.model_fields["eval_steps"].default
+        needy = ["early_stopping_patience"] * (self.training.early_stopping_patience is not None)
+        needy += ["eval_steps"] * (self.training.eval_steps != steps)
+        if needy and self.dev is None and self.dev_size is None:
             raise unfit(
-                "training.early_stopping_patience needs dev rows: name some with dev, or hold training rows out with "
+                f"training.{needy[0]} needs dev rows: name some with dev, or hold training rows out with "
                 "dev_size, 0.05 for example"
             )
         return self

@@ -17,6 +17,11 @@ from torch import Tensor
 from .errors import TrainingError
 
 
+def state_files(name: str) -> tuple[str, str]:
+    """Names of the two files of a state: of its shape, and of its tensors."""
+    return f"{name}.json", f"{name}.safetensors"
+
+
 def write_state(path: Path, state: Any) -> None:
     """Write nested dicts, lists and tuples of tensors, numbers, text, True, False and None.
 
@@ -30,8 +35,9 @@ def write_state(path: Path, state: Any) -> None:
     tensors: dict[str, Tensor] = {}
     names: dict[int, str] = {}
     shape = _fold(state, tensors, names)
-    save_file(tensors, f"{path}.safetensors")
-    Path(f"{path}.json").write_text(json.dumps(shape), encoding="utf-8")
+    numbers, bits = state_files(str(path))
+    save_file(tensors, bits)
+    Path(numbers).write_text(json.dumps(shape), encoding="utf-8")
 
 
 def read_state(path: Path) -> Any:
@@ -41,8 +47,9 @@ def read_state(path: Path) -> Any:
         TrainingError: the files are missing or damaged.
     """
     try:
-        tensors = load_file(f"{path}.safetensors")
-        return _unfold(json.loads(Path(f"{path}.json").read_text(encoding="utf-8")), tensors)
+        numbers, bits = state_files(str(path))
+        tensors = load_file(bits)
+        return _unfold(json.loads(Path(numbers).read_text(encoding="utf-8")), tensors)
     except Exception as error:  # safetensors, json and the look-ups in what they gave raise many kinds
         reason = " ".join(str(error).split())[:200]
         raise TrainingError(f"{path}.json or .safetensors cannot be read ({reason}): delete that checkpoint") from None

@@ -46,6 +46,10 @@ Composition = Annotated[
     str | None,
     typer.Option("--composition", help="Name of the set of tasks that may be merged together.", callback=_composition),
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Another value for a key of the recipe, e.g. training.epochs=1."),
+]
 
 
 def split(names: str | None) -> list[str] | None:

@@ -15,27 +15,33 @@ from typing import Any
 
 import peft
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from .adapter import WEIGHTS_FILE
 from .attention import use_flash_attention, use_packed_attention
 from .checkpoint import check_output, fingerprint, publish
-from .dataset import Encoded, Example, Row, check_examples, encode, load_rows, overlap, packs, split
-from .distributed import Processes
+from .dataset import Encoded, Example, Row, check_examples, check_length, encode, load_rows, overlap, packs, split
+from .distributed import Processes, hush
 from .errors import DataError, TrainingError, UsageError
 from .geometry import Geometry, from_checkpoint
-from .loading import load_base, load_tokenizer
+from .loading import load_base, load_config, load_tokenizer
 from .quantization import record, widen
 from .recipe import Recipe
 from .registry.claims import TaskClaims
-from .run import METRICS_FILE, enter_run, hold_run
+from .run import METRICS_FILE, enter_run, hold_run, keep_machine, remove_run
 from .sharding import whole_adapter
-from .trainer import TaskTrainer
+from .trainer import TaskTrainer, checkpoint_files
 from .tuner import SboraConfig
 
 TRAINING_FILE = "training.json"
+# The schedules that need nothing but the warm-up and the number of steps, which is all that a recipe says of them.
+_SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
+    *("constant", "constant_with_warmup", "inverse_sqrt"),
+)
+# They change nothing of an adapter that the digests of rows and claims do not say.
+_WITHOUT_EFFECT = frozenset({"description", "eval", "train", "dev", "target_modules"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +115,7 @@ def train(
     processes = Processes.promised(deepspeed=deepspeed)
     processes.check_recipe(recipe.training)
     if not processes.first:
-        say = _hush
+        say = hush
     if not dry_run:
         processes.start()
     with processes.agree():
@@ -164,7 +170,7 @@ def _run(
     say: Callable[[str], None],
 ) -> TrainResult:
     settings = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": _effective(recipe.model_dump(mode="json")),
         "train_digest": data.train.digest,
         "dev_digest": None if data.dev is None else data.dev.digest,
         "base_fingerprint": config.base_fingerprint,
@@ -179,7 +185,7 @@ def _run(
             published = _published(output, run, settings, claims.task)
             if published is None:
                 check_output(output)
-                checkpoint = enter_run(run, settings, say)
+                checkpoint = enter_run(run, settings, checkpoint_files(processes), say)
     published = processes.tell(published)
     if published is not None:
         return published
@@ -210,6 +216,9 @@ def _run(
             say("this model cannot keep packed examples apart: batches are padded")
         elif use_flash_attention(base_model):
             say(f"attention: {base_model.config._attn_implementation}")
+        machine = _machine(base_model, packed)
+        if processes.first:
+            keep_machine(run, machine, say)
         model = peft.get_peft_model(base_model, config)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         dev = None if data.dev is None else data.dev.examples
@@ -235,11 +244,30 @@ def _run(
         dev_loss=trainer.state.best_metric,
         best_step=trainer.state.best_global_step,
     )
-    state = None if processes.kind == "ddp" else whole_adapter(model)
+    state = None if processes.parallelism == "ddp" else whole_adapter(model)
     with processes.agree():
         if processes.first:
-            _publish(model, state, claims.model, run, output, settings, result, data)
+            summary = settings | {"recipe": recipe.model_dump(mode="json"), "machine": machine}
+            _publish(model, state, claims.model, run, output, summary, result, data)
     return result
+
+
+def _effective(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What of a recipe's JSON an interrupted run needs to find again, to end as it would have."""
+    training = {key: value for key, value in recipe["training"].items() if key != "save_steps"}
+    return {key: value for key, value in recipe.items() if key not in _WITHOUT_EFFECT} | {"training": training}
+
+
+def _machine(model: Any, packed: bool) -> dict[str, Any]:
+    """What the bits of a result hang on and no setting says."""
+    device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    return {
+        "torch": torch.__version__,
+        "device": device,
+        "attention": model.config._attn_implementation,
+        "packed": packed,
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +310,9 @@ def _prepare(recipe: Recipe, base: Path, say: Callable[[str], None]) -> _Data:
     if parts.dev:
         dev = encode(recipe, parts.dev, tokenizer, cutoff, "row" if parts.of_training else "dev row")
         check_examples(dev, recipe, say, "dev ")
+    longest = max(len(example.input_ids) for part in (train, dev) if part for example in part.examples)
+    remedy, loss = "lower training.cutoff to {known}", "what it learns and scores beyond that is worth little"
+    check_length(load_config(base), longest, f"task {recipe.name}", remedy, loss, say)
     return _Data(train, dev, lambda example: str(tokenizer.decode(example.input_ids)))
 
 
@@ -294,10 +325,13 @@ def _expected(recipe: Recipe, task: str, output: Path, encoded: Encoded, paramet
 
 
 def _check_names(recipe: Recipe) -> None:
-    for key, kind in (("optimizer", OptimizerNames), ("lr_scheduler", SchedulerType)):
-        name, known = getattr(recipe.training, key), [str(member.value) for member in kind]
+    usable = {"optimizer": [str(member.value) for member in OptimizerNames], "lr_scheduler": _SCHEDULES}
+    for key, known in usable.items():
+        name = getattr(recipe.training, key)
         if name not in known:
-            raise UsageError(f"recipe {recipe.name}: training.{key} {name!r} is unknown: use one of {', '.join(known)}")
+            raise UsageError(
+                f"recipe {recipe.name}: training.{key} {name!r} cannot be used: use one of {', '.join(known)}"
+            )
     if recipe.training.optimizer.startswith("paged_") and not torch.cuda.is_available():
         raise UsageError(
             f"recipe {recipe.name}: training.optimizer {recipe.training.optimizer!r} moves its state between GPU and "
@@ -335,27 +369,23 @@ def _publish(
     with publish(output) as partial:
         model.save_pretrained(partial, state_dict=state, save_embedding_layers=False)
         if result.best_step is not None:  # also of the last step: a run that went on to publish has loaded no values
-            best = run / f"checkpoint-{result.best_step}" / SAFETENSORS_WEIGHTS_NAME
-            shutil.copyfile(best, partial / SAFETENSORS_WEIGHTS_NAME)
+            shutil.copyfile(run / f"checkpoint-{result.best_step}" / WEIGHTS_FILE, partial / WEIGHTS_FILE)
         (partial / TRAINING_FILE).write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         shutil.copyfile(run / METRICS_FILE, partial / METRICS_FILE)
-    shutil.rmtree(run)
+    remove_run(run)
 
 
 def _published(output: Path, run: Path, settings: dict[str, Any], task: str) -> TrainResult | None:
     """The result of a run that was killed when its adapter was in place and its own folder not yet gone."""
     try:
         summary = json.loads((output / TRAINING_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = {**summary, "recipe": _effective(summary["recipe"])}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # missing, or another program's
         return None
-    if {key: summary.get(key) for key in settings} != settings:
+    if {key: found.get(key) for key in settings} != settings:
         return None
-    shutil.rmtree(run)
+    remove_run(run)
     figures = {
         key: summary[key] for key in ("steps", "tokens", "loss", "trainable_parameters", "dev_loss", "best_step")
     }
     return TrainResult(task=task, adapter=output, seconds=0.0, **figures)
-
-
-def _hush(message: str) -> None:
-    """What process 0 says is said for all."""

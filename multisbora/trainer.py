@@ -25,7 +25,7 @@ from .metrics import Metrics
 from .recipe import Recipe
 from .run import METRICS_FILE
 from .sharding import local, spread_adapter, spread_optimizer, whole, whole_adapter
-from .state import random_state, read_state, restore_random_state, write_state
+from .state import random_state, read_state, restore_random_state, state_files, write_state
 
 OPTIMIZER, SCHEDULER, SCALER, RANDOM = "optimizer", "scheduler", "scaler", "random"
 
@@ -108,8 +108,10 @@ class TaskTrainer(Trainer):
             self.processes,
             blank=len(examples),
         )
+        # One process alone is never left without an example.
+        spare = [blank(examples[0])] if self.processes.count > 1 else []
         loader: DataLoader[Any] = DataLoader(
-            [*examples, blank(examples[0])],  # type: ignore[arg-type]
+            [*examples, *spare],  # type: ignore[arg-type]
             batch_sampler=batches,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
@@ -226,7 +228,7 @@ class TaskTrainer(Trainer):
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.processes.kind == "ddp":
+        if self.processes.parallelism == "ddp":
             super().save_model(output_dir, _internal_call)
             return
         adapter = whole_adapter(self.model)  # Trainer would gather the base model's weights too
@@ -234,14 +236,14 @@ class TaskTrainer(Trainer):
             self._save(output_dir, state_dict=adapter)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.processes.kind != "fsdp2":
+        if self.processes.parallelism != "fsdp2":
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         saved = load_file(Path(resume_from_checkpoint, WEIGHTS_FILE))
         spread_adapter(self.model, saved, self.model.active_adapter)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.processes.kind == "deepspeed":  # which has files of its own for both
+        if self.processes.parallelism == "deepspeed":  # which has files of its own for both
             super()._save_optimizer_and_scheduler(output_dir)
             return
         optimizer = whole(self.optimizer.state_dict())
@@ -250,7 +252,7 @@ class TaskTrainer(Trainer):
             write_state(Path(output_dir, SCHEDULER), self.lr_scheduler.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.processes.kind == "deepspeed":
+        if self.processes.parallelism == "deepspeed":
             super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
             optimizer = read_state(Path(checkpoint, OPTIMIZER))
@@ -296,6 +298,14 @@ class LengthGrouped(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+def checkpoint_files(processes: Processes) -> list[str]:
+    """Names of the files without which a run cannot go on from a checkpoint, but for the Trainer's own state."""
+    if processes.parallelism == "deepspeed":  # which names its own files by its version and the number of devices
+        return [WEIGHTS_FILE]
+    states = [OPTIMIZER, SCHEDULER, *(f"{RANDOM}_{rank}" for rank in range(processes.count))]
+    return [WEIGHTS_FILE, *(name for state in states for name in state_files(state))]
 
 
 def blank(example: Example) -> Example:

@@ -147,6 +147,8 @@ class _Task:
             self.fingerprint = config.get("base_fingerprint")
             self.claim_digest = config.get("claim_digest")
             self.quantization = config.get("base_quantization")
+            view = "original" if self.quantization is None else "dequantized"
+            self.trained_on = {"view": view, "quantization": self.quantization}
             self.digest = _sha256(folder / "adapter_model.safetensors")
             with _open(folder / "adapter_model.safetensors") as file:
                 keys = list(file.keys())
@@ -363,6 +365,8 @@ class _Audit:
                 "claim digest": entry.get("claim_digest") == task.claim_digest,
                 "base fingerprint": base["checked"] is False or base["fingerprint"] == task.fingerprint,
                 "set of modules": set(entry["regions"]) == set(task.shares),
+                # Receipts from before it was recorded say nothing of it.
+                "view of the training": "trained_on" not in entry or entry["trained_on"] == task.trained_on,
             }
             for module, share in task.shares.items():
                 region = entry["regions"].get(module, {})

@@ -1,8 +1,7 @@
-"""The processes that train tasks: one after another on this machine, or where a Ray cluster puts them.
+"""What a process does that trains one of several tasks: its output goes into the task's log, and it gives an answer.
 
-Each trains one task, with its output in the task's log, and gives an answer or is killed. What they share with one
-another and with whoever started them is the project's folder, at the same path everywhere, and the registry; nothing is
-shipped. Importing this module loads neither Ray nor torch.
+What such processes share with one another and with whoever started them is the project's folder, at the same path
+everywhere, and the registry; nothing is shipped. Importing this module does not load torch.
 """
 
 from __future__ import annotations
@@ -11,31 +10,23 @@ import contextlib
 import io
 import json
 import logging
-import math
 import os
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from . import __version__
 from .commands import quiet_libraries, train_task
 from .errors import MultisboraError, TrainingError
-from .hub import local_folder
-from .project import PROJECT_FILE, Project
+from .project import Project
+from .run import refuse_held
 
 WORKER_FILE = "worker.json"  # in the folder of a run: where its process is
-_PATIENCE = 120  # seconds for a node to say what it sees, of which most go into the start of a worker
-_CONNECT_SECONDS = 10
+_LONGEST_ERROR = 2000  # characters
 
 
 @dataclass(frozen=True)
@@ -98,38 +89,79 @@ def work(job: Job) -> dict[str, Any]:
     """Train one task in this process, whose output goes to the task's log. Ray and the local engine call this.
 
     Returns:
-        `TrainResult.to_json()`, or `{"error": line}`.
+        `TrainResult.to_json()`, or `{"error": line}` of whatever was raised.
     """
-    os.chdir(job.folder)
-    # As on the command line: what these say while they are imported is of no use.
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    with _output_into(job.log), _here(job):
-        where = f"on {socket.gethostname()}, process {os.getpid()}"
-        _print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S%z')} task {job.task}, attempt {job.attempt} {where}")
+    try:
+        os.chdir(job.folder)
+        refuse_held(job.run)  # whoever holds it has the log as well
+        # As on the command line: what these say while they are imported is of no use.
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        with _output_into(job.log):
+            return _train(job)
+    except Exception as error:  # of a library: whatever it is, the other tasks go on
+        return {"error": error_line(error)}
+
+
+def _train(job: Job) -> dict[str, Any]:
+    where = f"on {socket.gethostname()}, process {os.getpid()}"
+    _print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S%z')} task {job.task}, attempt {job.attempt} {where}")
+    with contextlib.ExitStack() as held:
         try:
-            found = train_task(
-                job.project, job.task, job.overrides, None, dry_run=False, say=_print, quiet=quiet_libraries
-            )
-        except (MultisboraError, OSError) as error:
-            _print(f"multisbora: {error}")
-            return {"error": str(error)}
-        except Exception as error:  # of a library: whatever it is, the other tasks go on
-            traceback.print_exc()
-            return {"error": f"{type(error).__name__}: {_first_line(error)}"}
-        return found.to_json()
+            return train_task(
+                job.project,
+                job.task,
+                job.overrides,
+                None,
+                dry_run=False,
+                say=_print,
+                quiet=quiet_libraries,
+                on_start=lambda: held.enter_context(_here(job)),
+            ).to_json()
+        except BaseException as error:
+            plain = isinstance(error, MultisboraError | OSError)
+            _print(f"multisbora: {error}" if plain else traceback.format_exc().rstrip())
+            raise
+
+
+def error_line(error: BaseException) -> str:
+    """What an error says, in a line for a person. Our own errors are one; others go by their first and their type."""
+    if not isinstance(error, MultisboraError | OSError):
+        return f"{type(error).__name__}: {first_line(error)}"
+    text = str(error)
+    return text if len(text) <= _LONGEST_ERROR else f"{text[:_LONGEST_ERROR]}..."
 
 
 def _print(message: str) -> None:
     print(message, flush=True)
 
 
+class _Log(io.FileIO):
+    """A file that drops what there is no room for: for want of a log, nothing that was learned may be lost."""
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            super().write(data)
+        return memoryview(data).nbytes
+
+
 @contextlib.contextmanager
 def _output_into(log: Path) -> Iterator[None]:
-    """What Python prints here goes to the end of a file, and what the libraries below it print as well."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    """What Python prints here goes to the end of a file, and what the libraries below it print as well.
+
+    Raises:
+        TrainingError: there can be no such file.
+    """
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        raw = _Log(log, "a")
+    except OSError as error:
+        raise TrainingError(
+            f"the log {log} cannot be written ({error.strerror}): move away what is in its place, "
+            "or choose a folder for adapters that can be written"
+        ) from None
     kept = os.dup(1), os.dup(2)
-    with log.open("a", encoding="utf-8", buffering=1) as file:
+    with io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
@@ -143,233 +175,18 @@ def _output_into(log: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _here(job: Job) -> Iterator[None]:
-    """Say in the folder of the run where its process is. A folder without anything else in it does not stay."""
-    if job.adapter.exists() and not job.run.exists():  # whoever trained it meanwhile: an adapter has no run beside it
-        yield
-        return
-    job.run.mkdir(parents=True, exist_ok=True)
-    file = job.run / WORKER_FILE
-    file.write_text(json.dumps({"token": job.token, "host": socket.gethostname(), "pid": os.getpid()}))
+    """Say in the folder of the run, which this process holds, that it is here."""
+    file, content = job.run / WORKER_FILE, {"token": job.token, "host": socket.gethostname(), "pid": os.getpid()}
+    file.write_text(json.dumps(content))
     try:
         yield
     finally:
+        # The folder is gone if all went well. If not, somebody else may hold it by now.
         with contextlib.suppress(OSError):
-            file.unlink(missing_ok=True)
-            job.run.rmdir()
+            if file.read_text() == json.dumps(content):
+                file.unlink()
 
 
-class KilledError(Exception):
-    """The process of a task ended without an answer."""
-
-
-class Workers(Protocol):
-    """An engine: it starts jobs, `slots` of them at a time, and is asked again and again for their answers."""
-
-    slots: float
-
-    def start(self, job: Job) -> Any: ...
-
-    def answer(self, started: Any) -> dict[str, Any] | None:
-        """What `work` gave; None while it is at it.
-
-        Raises:
-            KilledError: it will never give anything.
-        """
-
-    def stop(self, started: Sequence[Any]) -> None: ...
-
-
-class LocalProcesses:
-    """One process at a time, on this machine."""
-
-    slots: float = 1
-
-    def __enter__(self) -> LocalProcesses:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def start(self, job: Job) -> Any:
-        # Not by multiprocessing, whose helper complains on stderr about what a killed process leaves behind.
-        code = f"import sys; sys.path[:] = {sys.path!r}; from multisbora.workers import serve; serve()"
-        # In a session of its own it does not hear Ctrl-C, which is for the process that started it.
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(f"{job.to_json()}\n".encode())
-            process.stdin.flush()
-        return process
-
-    def answer(self, started: Any) -> dict[str, Any] | None:
-        code = started.poll()
-        if code is None:
-            return None
-        with started:  # closes its pipes
-            said = started.stdout.read()
-        if code == 0:
-            return json.loads(said)  # type: ignore[no-any-return]
-        raise KilledError(signal.Signals(-code).name if code < 0 else f"exit code {code}")
-
-    def stop(self, started: Sequence[Any]) -> None:
-        for process in started:
-            with process:
-                process.kill()
-
-
-def serve() -> None:
-    """What a process of the local engine runs: a `Job` in from its parent, the answer out, both as JSON.
-
-    Its stdin stays open as long as the parent lives. When that ends, so does this process.
-    """
-    job = Job.from_json(sys.stdin.buffer.readline())
-
-    def end_with_parent() -> None:
-        sys.stdin.buffer.read()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    answer = work(job)
-    sys.stdout.write(json.dumps(answer))
-    sys.stdout.flush()
-    os._exit(0)  # not through the clean-up of an interpreter whose stdin another thread is reading
-
-
-class RayCluster:
-    """A Ray cluster: one that runs, or one on this machine that ends with the block."""
-
-    slots: float = math.inf
-
-    def __init__(self, address: str | None) -> None:
-        # Ray reads this when it starts, and reports to its makers otherwise.
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        try:
-            import ray
-        except ImportError:
-            raise TrainingError("--engine ray needs the package ray: pip install 'multisbora[ray]'") from None
-        self._ray: Any = ray
-        self._address = address or os.environ.get("RAY_ADDRESS") or "local"
-        self._exit = contextlib.ExitStack()
-
-    def __enter__(self) -> RayCluster:
-        with contextlib.ExitStack() as stack:
-            # A thread of Ray's prints on stdout, whatever its settings are, when a process dies.
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-            if self._address == "local":
-                options |= {"include_dashboard": False, "object_store_memory": 100 * 2**20}
-            else:
-                _knock(self._address)
-            try:
-                self._ray.init(address=self._address, **options)
-            except (OSError, RuntimeError, ValueError, self._ray.exceptions.RayError, SystemExit) as error:
-                where = "could not be started" if self._address == "local" else f"at {self._address} was not joined"
-                raise TrainingError(f"a Ray cluster {where}: {_first_line(error)}") from None
-            stack.callback(self._ray.shutdown)
-            self._work = self._ray.remote(max_calls=1, max_retries=0)(work)
-            self._exit = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._exit.close()
-
-    def nodes(self) -> list[dict[str, float]]:
-        """The resources, in Ray's words, of every node that tasks can be on."""
-        return [node["Resources"] for node in self._nodes()]
-
-    def _nodes(self) -> list[dict[str, Any]]:
-        return [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-
-    def look(self, project: Project, folder: Path) -> None:
-        """Ask every node whether it sees the project's folder, the base model and this version of multisbora.
-
-        Raises:
-            TrainingError: one does not.
-        """
-        if self._address == "local":
-            return
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        base = local_folder(project.model)
-        Path(project.adapters).mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=project.adapters, prefix=".shared-") as mark:
-            sights = (folder / PROJECT_FILE, folder / mark.name, *([folder / base] if base else []))
-            look = self._ray.remote(num_cpus=0, max_retries=0)(_look)
-            asked = {
-                look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                    sights
-                ): node["NodeManagerHostname"]
-                for node in self._nodes()
-            }
-            for ref, host in asked.items():
-                try:
-                    version, unseen = self._ray.get(ref, timeout=_PATIENCE)
-                except self._ray.exceptions.RayError as error:
-                    raise TrainingError(f"node {host} cannot run multisbora: {_last_line(error)}") from None
-                if version != __version__:
-                    raise TrainingError(f"node {host} has multisbora {version}, not {__version__}: install the same")
-                if unseen:
-                    raise TrainingError(
-                        f"node {host} does not see {unseen}: nodes need the project's folder and its base model at "
-                        "the same path as here, on a file system that they share"
-                    )
-
-    def start(self, job: Job) -> Any:
-        resources = {"num_cpus": job.cpus, "num_gpus": job.gpus, "memory": job.memory}
-        return self._work.options(name=f"multisbora {job.task}", **resources).remote(job)
-
-    def answer(self, started: Any) -> dict[str, Any] | None:
-        done, _ = self._ray.wait([started], timeout=0)
-        known = self._ray.exceptions
-        try:
-            return self._ray.get(started) if done else None
-        except (
-            known.LocalRayletDiedError,
-            known.NodeDiedError,
-            known.ObjectLostError,
-            known.OutOfMemoryError,
-            known.WorkerCrashedError,
-        ) as error:
-            raise KilledError(type(error).__name__) from None
-        except known.RayError as error:
-            return {"error": _last_line(error)}
-
-    def stop(self, started: Sequence[Any]) -> None:
-        for ref in started:
-            self._ray.cancel(ref, force=True)
-        if started:
-            self._ray.wait(list(started), num_returns=len(started), timeout=10)
-
-
-def _look(sights: Sequence[Path]) -> tuple[str, Path | None]:
-    """The version of multisbora here, and the first of these paths that is not here."""
-    return __version__, next((path for path in sights if not path.exists()), None)
-
-
-def _knock(address: str) -> None:
-    """Whether anything answers at HOST:PORT. Ray itself asks for minutes, and then ends the whole process.
-
-    Raises:
-        TrainingError: nothing does.
-    """
-    if address == "auto":
-        return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise TrainingError(
-            f"no Ray cluster answers at {address} ({_first_line(error)}): give HOST:PORT of its head node, "
-            "or leave --address and RAY_ADDRESS out to start Ray on this machine"
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first, or else its type."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
-
-
-def _last_line(error: BaseException) -> str:
-    """Ray puts the other process's traceback before what it said."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:300]

@@ -34,7 +34,7 @@ import peft
 import torch
 import transformers
 from bench_train import quartiles
-from figures import Budget, Result, add_output_options, finish
+from figures import Budget, Result, add_output_options, finish, named
 from methods import MODEL, TARGETS
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -182,7 +182,7 @@ def measure(
     return found
 
 
-def token_result(found: dict[str, list[Block]], setting: str, warm: int) -> Result:
+def token_result(found: dict[str, list[Block]], setting: str, warm: int, device: str) -> Result:
     speeds = {method: [block.speed(warm) for block in blocks] for method, blocks in found.items()}
     rows, bars, budgets = [], {}, []
     for method, values in speeds.items():
@@ -195,7 +195,7 @@ def token_result(found: dict[str, list[Block]], setting: str, warm: int) -> Resu
         if method != "lora":
             budgets.append(Budget(f"tokens/s of {method} / lora", BUDGET, middle, at_most=False))
     return Result(
-        name="tokens",
+        name=named("tokens", device),
         title="tokens/s on real examples / PEFT LoRA in a default Trainer (more is better)",
         setting=setting,
         columns=["method", "tokens/s", "/ lora", "quartiles", "padding"],
@@ -226,10 +226,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     base = find_base(options.model, say=print)
     sizes = (options.rank, options.cutoff, options.blocks, options.steps)
     found = measure(rows, base, options.task, *sizes)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{options.threads} CPU threads"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{options.threads} CPU threads"
     setting = f"{Path(options.model).name}, rank {options.rank}, {BATCH} examples a step, cutoff {options.cutoff}"
-    setting += f"; {options.blocks} blocks of {options.steps} steps, {options.warm} of them warm-up; {device}"
-    return finish([token_result(found, setting, options.warm)], options)
+    setting += f"; {options.blocks} blocks of {options.steps} steps, {options.warm} of them warm-up; {name}"
+    return finish([token_result(found, setting, options.warm, device)], options)
 
 
 if __name__ == "__main__":

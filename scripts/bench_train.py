@@ -43,7 +43,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from figures import Budget, Result, add_output_options, finish
+from figures import Budget, Result, add_output_options, finish, named
 from methods import IN_PLACE, METHODS, MODEL, SHAPES, Case, Shape, adapt, fitted, load, make_step, twin, writes_in_place
 
 
@@ -96,10 +96,11 @@ def ratios(taken: dict[str, list[float]], method: str, against: str) -> tuple[fl
 
 def step_result(case: Case, taken: dict[str, list[float]]) -> Result:
     rows, bars, budgets = [], {}, []
+    peers = [peer for peer in ("lora", "lora 16 bit", "dora") if peer in taken]
     for method, times in taken.items():
         bars[method] = ratios(taken, method, "frozen")
         middle, lower, upper = bars[method]
-        beside = [f"{ratios(taken, method, peer)[0]:.2f}" for peer in ("lora", "dora") if peer in taken]
+        beside = [f"{ratios(taken, method, peer)[0]:.2f}" for peer in peers]
         spread = f"{lower:.3f} to {upper:.3f}"
         rows.append([method, f"{1000 * statistics.median(times):.1f}", f"{middle:.3f}", spread, *beside])
     # The budgets are of 16- and 32-bit bases; quantised ones have none.
@@ -108,17 +109,20 @@ def step_result(case: Case, taken: dict[str, list[float]]) -> Result:
         for peer, limit in limits.items():
             if method in taken and peer in taken:
                 budgets.append(Budget(f"step of {method} / {peer}", limit, ratios(taken, method, peer)[0]))
-    beside = [f"/ {peer}" for peer in ("lora", "dora") if peer in taken]
     weights = "nf4" if case.nf4 else case.dtype
     return Result(
-        name=f"steps-{weights}",
-        title=f"time of one step / frozen model's forward and backward, {weights}",
+        name=named(f"steps-{weights}", case.device),
+        title=f"time of one step / frozen model's forward and backward, {weights}{_on(case)}",
         setting=f"{case}; {len(taken['frozen'])} rounds",
-        columns=["method", "median ms", "/ frozen", "quartiles", *beside],
+        columns=["method", "median ms", "/ frozen", "quartiles", *(f"/ {peer}" for peer in peers)],
         rows=rows,
         bars=bars,
         budgets=budgets,
     )
+
+
+def _on(case: Case) -> str:
+    return ", on a GPU" if case.device == "cuda" else ""
 
 
 def resident(key: str) -> int:
@@ -159,17 +163,18 @@ def memory_result(case: Case, methods: Sequence[str]) -> Result:
         peaks[method] = (peak, alive)
         print(f"{method}: {peak / 1e6:.0f} MB, alive {alive / 1e6:.0f} MB", file=sys.stderr, flush=True)
     columns, rows, budgets, bars = ["method", "measured MB", "alive MB"], [], [], {}
-    if "lora" in peaks:
-        columns += ["/ lora", "alive / lora"]
+    peers = [peer for peer in ("lora", "lora 16 bit") if peer in peaks]
+    columns += [column for peer in peers for column in (f"/ {peer}", f"alive / {peer}")]
     for method, values in peaks.items():
-        over = [value / lora for value, lora in zip(values, peaks["lora"], strict=True)] if "lora" in peaks else []
+        over = [value / other for peer in peers for value, other in zip(values, peaks[peer], strict=True)]
         rows.append([method, *(f"{value / 1e6:.0f}" for value in values), *(f"{ratio:.2f}" for ratio in over)])
-        if over:
+        if "lora" in peaks:
             bars[method] = (over[0],) * 3
-        if over and method in IN_PLACE:
-            budgets.append(Budget(f"peak memory of {method} / lora", 0.78, over[0]))
-    name = "memory-nf4" if case.nf4 else "memory"
-    title = f"peak memory of the step / LoRA's, {'nf4' if case.nf4 else case.dtype}"
+            if method in IN_PLACE:
+                budgets.append(Budget(f"peak memory of {method} / lora", 0.78, over[0]))
+    weights = "nf4" if case.nf4 else case.dtype
+    name = named("memory" if weights == "bfloat16" else f"memory-{weights}", case.device)
+    title = f"peak memory of the step / LoRA's, {weights}{_on(case)}"
     return Result(name, title, f"{case}; 1 MB = 1,000,000 bytes", columns, rows, bars, budgets)
 
 

@@ -3,7 +3,8 @@
     python scripts/figures.py RESULT.json ... [--page docs/performance.md] [--plot docs/performance.svg]
 
 RESULT.json is what `--json` of bench_train.py, bench_tokens.py and bench_complexity.py wrote. A page holds a pair of
-comments for each table, `<!-- figures NAME -->` and `<!-- end NAME -->`; what stands between them is replaced.
+comments for each table, `<!-- figures NAME -->` and `<!-- end NAME -->`; what stands between them is replaced. Results
+of a GPU have one place together, named gpu, which becomes a section with its heading; the others leave it as it is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+GPU = "-gpu"  # how the names of results of a GPU end
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Result:
     """One table.
 
     Attributes:
-        name: of the table, and of its place in the page.
+        name: of the table, and of its place in the page; see `named`.
         title: of its bars, short.
         setting: one line, what was run with what.
         bars: {method: (ratio, lower, upper)}, for the plot; empty where there is nothing to draw.
@@ -73,6 +76,11 @@ class Result:
         return "\n".join([self.setting, *(line.rstrip() for line in shown), *(f"budget: {b}" for b in self.budgets)])
 
 
+def named(name: str, device: str) -> str:
+    """The name of a result that was measured on "cpu" or "cuda"."""
+    return name + (GPU if device == "cuda" else "")
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write the results into this file")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
@@ -88,36 +96,57 @@ def finish(results: Sequence[Result], options: argparse.Namespace) -> int:
 
 
 def read(paths: Sequence[Path]) -> list[Result]:
-    """Results of several files. Of two with one name, the later file's counts."""
+    """Results of several files. Of two with one name, the later file's counts.
+
+    Raises:
+        OSError, ValueError: a file is missing, or holds something else.
+    """
     found: dict[str, Result] = {}
     for path in paths:
-        for item in json.loads(path.read_text(encoding="utf-8")):
-            item["budgets"] = [Budget(**budget) for budget in item["budgets"]]
-            item["bars"] = {name: tuple(values) for name, values in item["bars"].items()}
-            found[item["name"]] = Result(**item)
+        try:
+            for item in json.loads(path.read_text(encoding="utf-8")):
+                item["budgets"] = [Budget(**budget) for budget in item["budgets"]]
+                item["bars"] = {name: tuple(values) for name, values in item["bars"].items()}
+                found[item["name"]] = Result(**item)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not what a benchmark wrote with --json ({error}): run it again") from None
     return list(found.values())
 
 
 def fill(page: str, results: Sequence[Result]) -> str:
-    """A page with the tables of `results` in their places. Raises KeyError where a result has none."""
-    for result in results:
-        begin, end = f"<!-- figures {result.name} -->", f"<!-- end {result.name} -->"
+    """A page with the tables of `results` in their places.
+
+    Raises:
+        ValueError: a result has no place.
+    """
+    tables = {result.name: result.markdown() for result in results if not result.name.endswith(GPU)}
+    on_gpu = [f"### {result.title}\n\n{result.markdown()}" for result in results if result.name.endswith(GPU)]
+    if on_gpu:
+        tables["gpu"] = "\n".join(["\n## On a GPU\n", *on_gpu])
+    for name, table in tables.items():
+        begin, end = f"<!-- figures {name} -->", f"<!-- end {name} -->"
         found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", page, re.DOTALL)
         if found is None:
-            raise KeyError(f"the page has no place for {result.name}: add {begin} and {end}")
-        page = page[: found.start()] + f"{begin}\n{result.markdown()}{end}" + page[found.end() :]
+            raise ValueError(f"the page has no place for {name}: add {begin} and {end}")
+        page = page[: found.start()] + f"{begin}\n{table}{end}" + page[found.end() :]
     return page
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """One panel of bars a result that has any, with quartiles as whiskers, into an SVG file."""
+    """One panel of bars a result that has any, with quartiles as whiskers, into an SVG file.
+
+    Raises:
+        ValueError: none has any.
+    """
+    drawn = [result for result in results if result.bars]
+    if not drawn:
+        raise ValueError("none of these results has bars to draw: leave --plot out, or add those of bench_train.py")
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "multisbora", "svg.fonttype": "none", "font.size": 9})
     from matplotlib import pyplot
 
-    drawn = [result for result in results if result.bars]
     tallest = max(len(result.bars) for result in drawn)
     figure, axes = pyplot.subplots(len(drawn), 1, figsize=(7.5, len(drawn) * (0.7 + 0.22 * tallest)), squeeze=False)
     for axis, result in zip(axes[:, 0], drawn, strict=True):
@@ -151,11 +180,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, help="put the tables into this Markdown file")
     parser.add_argument("--plot", type=Path, help="draw the ratios into this SVG file (needs matplotlib)")
     options = parser.parse_args(arguments)
-    results = read(options.results)
-    if options.page:
-        options.page.write_text(fill(options.page.read_text(encoding="utf-8"), results), encoding="utf-8")
-    if options.plot:
-        plot(results, options.plot)
+    try:
+        results = read(options.results)
+        page = fill(options.page.read_text(encoding="utf-8"), results) if options.page else None
+        if options.plot:
+            plot(results, options.plot)
+        if page is not None:
+            options.page.write_text(page, encoding="utf-8")
+    except (OSError, ValueError, ImportError) as error:
+        print(f"figures.py: {error}", file=sys.stderr)
+        return 2
     if not (options.page or options.plot):
         print("\n".join(result.markdown() for result in results))
     return 0

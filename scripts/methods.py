@@ -168,8 +168,16 @@ def make_step(model: Any, case: Case) -> Callable[[], None]:
 
 def writes_in_place(model: Any, base: Any) -> bool:
     """Whether the weights that a model trained on hold other values than the base's."""
-    now = {name.replace(".base_layer", ""): weight for name, weight in model.get_base_model().named_parameters()}
-    return any(not torch.equal(now[name], weight) for name, weight in base.named_parameters() if name in now)
+    trained = model.get_base_model()
+
+    def now(name: str) -> torch.Tensor:
+        path, _, own = name.rpartition(".")
+        module = trained.get_submodule(path)
+        # Not by parameters(), which gives the base's values back before it hands weights out.
+        weight: torch.Tensor = getattr(getattr(module, "base_layer", module), own)
+        return weight
+
+    return any(not torch.equal(now(name), weight) for name, weight in base.named_parameters())
 
 
 def fitted(shape: Shape, nf4: bool, copies: int, tokens: int) -> Shape:

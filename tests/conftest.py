@@ -16,6 +16,7 @@ from builders import tiny_llama
 from commands import Result, Run, make_project
 
 import multisbora.cli
+import multisbora.commands
 
 _numbers = itertools.count()
 
@@ -59,7 +60,7 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     # The command line hushes libraries for its whole process; the other tests share this one.
-    monkeypatch.setattr(multisbora.cli, "_quiet_libraries", lambda: None)
+    monkeypatch.setattr(multisbora.commands, "quiet_libraries", lambda: None)
 
     def call(*arguments: str) -> Result:
         capsys.readouterr()
@@ -94,7 +95,7 @@ def trained_once(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_project(folder, base)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(multisbora.cli, "_quiet_libraries", lambda: None)
+        patch.setattr(multisbora.commands, "quiet_libraries", lambda: None)
         for arguments in (
             ["allocate", "--tasks", "adding,doubling"],
             ["train", "--task", "adding"],

@@ -171,7 +171,7 @@ def recipe(name: str, rows: Path, dev_size: int | None, **training: Any) -> Any:
     from multisbora.recipe import Recipe
 
     settings = {"epochs": 2, "batch_size": BATCH, "learning_rate": 0.05, "warmup_steps": 0}
-    settings |= {"save_steps": 3, "logging_steps": 1, "eval_steps": 3}
+    settings |= {"save_steps": 3, "logging_steps": 1} | ({} if dev_size is None else {"eval_steps": 3})
     return Recipe.model_validate(
         {
             "name": name,

@@ -13,12 +13,18 @@ from torch import Tensor
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    Exaone4Config,
+    Exaone4ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from multisbora.attention import PACKED, flash_kernel, use_flash_attention, use_packed_attention
@@ -108,6 +114,70 @@ def test_a_flash_kernel_is_told_where_examples_lie(kind: str, monkeypatch: pytes
     assert packed.keys() == padded.keys() and packed
     for name, gradient in packed.items():
         assert (gradient - padded[name]).norm() <= 1e-5 * padded[name].norm() + 1e-7, name
+
+
+def windowed() -> Any:
+    """Its second layer sees everything, and its attention modules know of the window all the same."""
+    layers = ["sliding_attention", "full_attention"]
+    return Exaone4ForCausalLM(Exaone4Config(sliding_window=WINDOW, layer_types=layers, **SIZES))
+
+
+def chunked(size: int = WINDOW) -> Any:
+    experts = dict(num_local_experts=2, intermediate_size_mlp=48, head_dim=8, use_qk_norm=False)
+    layers = ["chunked_attention", "full_attention"]
+    return Llama4ForCausalLM(
+        Llama4TextConfig(attention_chunk_size=size, layer_types=layers, **experts, **SIZES)  # type: ignore[arg-type]
+    )
+
+
+def recurrent() -> Any:
+    linear = dict(linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+    experts = dict(head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+    experts |= dict(shared_expert_intermediate_size=16)
+    layers = ["linear_attention", "full_attention"]
+    return Qwen3NextForCausalLM(Qwen3NextConfig(layer_types=layers, **linear, **experts, **SIZES))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("build", "own", "packed"),
+    [(windowed, False, True), (chunked, True, True), (recurrent, None, False)],
+    ids=["a window in some layers", "chunks", "a state"],
+)
+def test_layers_of_several_kinds(build: Any, own: bool | None, packed: bool) -> None:
+    """What `packs` says is true: the loss of a batch is that of its examples padded."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build().eval()
+    batch = dict(pad(examples(), 0))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        wanted = answer_loss(model(**batch, use_cache=False), labels)
+    used = use_packed_attention(model)
+    assert own is None or used is not own
+    assert packs(model) is packed
+    if not packed:
+        return
+    inputs = pack(examples())
+    labels = inputs.pop("labels")
+    with torch.no_grad():
+        loss = answer_loss(model(**inputs, use_cache=False), labels)
+    assert abs(loss - wanted) <= 2e-6 * abs(wanted)
+
+
+def test_packed_attention_takes_no_chunked_model_however_long_its_chunks() -> None:
+    model = chunked(8192)
+    assert not use_packed_attention(model) and model.config._attn_implementation == "sdpa"
+
+
+def test_packs_looks_beyond_a_short_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attention that forgets the window gives the same for shorter examples."""
+    model = make("mistral")
+    use_packed_attention(model)
+    assert packs(model)
+    monkeypatch.setattr(attention, "_window", lambda *_: None)
+    assert not packs(model)
+    model.config.sliding_window = 10_000
+    assert packs(model)
 
 
 def test_when_a_flash_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

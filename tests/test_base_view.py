@@ -161,6 +161,40 @@ def test_both_views_can_be_chosen(base: Path, nf4: dict[str, Any], tmp_path: Pat
     assert (content["base"]["view"], content["base"]["quantization"]) == ("dequantized", nf4)
 
 
+def card(folder: Path) -> str:
+    return " ".join((folder / "README.md").read_text().split())
+
+
+def test_a_receipt_says_what_each_task_was_trained_on(base: Path, nf4: dict[str, Any], tmp_path: Path) -> None:
+    math = trained(tmp_path, base, nf4, target_modules=["q_proj"])
+    chat = trained(tmp_path, base, None, "chat", target_modules=["v_proj"])
+    moved = {
+        "original": "math was trained on the dequantised base (nf4 with double quantisation) and is merged onto the "
+        "stored base",
+        "dequantized": "chat was trained on the stored base and is merged onto the dequantised base (nf4 with double "
+        "quantisation)",
+    }
+    for view, sentence in moved.items():
+        receipt = merge(base, [math, chat], output=tmp_path / view, base_view=view)
+        assert receipt.moved() == [sentence]
+        assert Receipt.read(tmp_path / view) == receipt
+        assert card(tmp_path / view).count(" was trained on ") == 1 and f"{sentence}." in card(tmp_path / view)
+        told = json.loads((tmp_path / view / RECEIPT).read_text())["tasks"]
+        assert told["math"]["trained_on"] == {"view": "dequantized", "quantization": nf4}
+        assert told["chat"]["trained_on"] == {"view": "original", "quantization": None}
+    own = merge(base, [math], output=tmp_path / "own")
+    assert own.moved() == [] and " was trained on " not in card(tmp_path / "own")
+
+
+@pytest.mark.parametrize("lie", [{"view": "original", "quantization": None}, {"view": "dequantized"}, None, "nf4"])
+def test_a_receipt_that_lies_about_the_training_is_found(case: Case, lie: Any) -> None:
+    tasks = json.loads((case.merged / RECEIPT).read_text())["tasks"]
+    tasks["math"]["trained_on"] = lie
+    edit_json(case.merged / RECEIPT, tasks=tasks)
+    proof = case.proof()
+    assert proof.problem is not None and "math: the receipt has another view of the training" in proof.problem
+
+
 def test_adapters_of_different_views_need_the_flag(base: Path, nf4: dict[str, Any], tmp_path: Path) -> None:
     math = trained(tmp_path, base, nf4, target_modules=["q_proj"])
     chat = trained(tmp_path, base, None, "chat", target_modules=["v_proj"])
@@ -190,6 +224,9 @@ def test_another_bitsandbytes_than_that_of_the_training_is_noticed(
         load_model(other, base)
     load_model(other, base, base_view="original")
     merge(base, [other], output=tmp_path / "out", base_view="original")
+    plain = trained(tmp_path, base, None, "chat", target_modules=["v_proj"])
+    with pytest.raises(AdapterError, match=f"^{re.escape(str(other))}: .* the base of its training"):
+        load_model(plain, base, [other], base_view="dequantized")  # it is not about the first of them
 
 
 def test_a_recorded_quantisation_is_read_with_suspicion(base: Path, nf4: dict[str, Any], tmp_path: Path) -> None:
@@ -279,9 +316,22 @@ def test_receipts_from_before_views_are_of_the_original(base: Path, tmp_path: Pa
     content = json.loads((tmp_path / "out" / RECEIPT).read_text())
     assert content["base"].pop("view") == "original"
     assert content["base"].pop("quantization") is None
+    assert content["tasks"]["math"].pop("trained_on")
     (tmp_path / "out" / RECEIPT).write_text(json.dumps(content))
     assert Receipt.read(tmp_path / "out").quantization is None
     assert verify(tmp_path / "out", base, [adapter]).ok
+
+
+def test_scores_in_a_receipt_from_before_views_of_training(case: Case) -> None:
+    """Reading and writing it again puts nothing in that nobody recorded."""
+    content = json.loads((case.merged / RECEIPT).read_text())
+    content["tasks"]["math"].pop("trained_on")
+    (case.merged / RECEIPT).write_text(json.dumps(content))
+    receipt = Receipt.read(case.merged)
+    assert receipt.moved() == []
+    replace(receipt, scores={"math": {"score": 1.0}}).write(case.merged)
+    assert "trained_on" not in json.loads((case.merged / RECEIPT).read_text())["tasks"]["math"]
+    assert case.proof().ok
 
 
 def test_a_merge_onto_the_stored_base_loads_no_torch() -> None:
@@ -342,6 +392,10 @@ def test_the_commands(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert_refused(run("merge", "--output", "out"), 2, *both)
     assert run("merge", "--output", "out", "--base-view", "dequantized").code == 0
     assert run("verify", "out", "--json").json["ok"]
+    done = run("merge", "--output", "dry", "--base-view", "original", "--dry-run")
+    assert done.err == (
+        "adding was trained on the dequantised base (nf4 with double quantisation) and is merged onto the stored base\n"
+    )
     assert run("merge", "--tasks", "adding", "--output", "one").code == 0
     assert run("verify", "one").code == 0
 
@@ -353,9 +407,10 @@ def test_the_commands(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert own != other
     assert run("eval", str(base), "--quantization", "int8", *scored).code == 0
 
-    done = run("export", "--task", "adding", "--format", "peft-lora", "--output", "lora")
-    assert done.code == 0
-    assert "trained on a base quantised to nf4" in done.err
+    for flags in (["--dry-run"], []):
+        done = run("export", "--task", "adding", "--format", "peft-lora", "--output", "lora", *flags)
+        assert done.code == 0
+        assert "trained on a base quantised to nf4" in done.err
     shutil.rmtree(folder / "lora")
     assert run("export", "--task", "doubling", "--format", "peft-lora", "--output", "lora").err == ""
 

@@ -50,6 +50,9 @@ def test_steps_of_every_method(script: Any, tmp_path: Path, capsys: pytest.Captu
     assert [row[0] for row in half.rows] == script("methods").METHODS
     assert [row[0] for row in full.rows] == [name for name in script("methods").METHODS if name != "lora 16 bit"]
     assert half.bars["frozen"] == (1.0, 1.0, 1.0)
+    assert half.columns[-3:] == ["/ lora", "/ lora 16 bit", "/ dora"] and full.columns[-2:] == ["/ lora", "/ dora"]
+    assert {row[0]: row for row in half.rows}["lora 16 bit"][-2] == "1.00"
+    assert all(len(row) == len(result.columns) for result in (half, full) for row in result.rows)
     assert (len(half.budgets), len(full.budgets)) == (6, 2)
     assert code == (0 if half.held and full.held else 1)
     shown = capsys.readouterr().out
@@ -152,16 +155,62 @@ def test_budgets_and_pages(script: Any, tmp_path: Path) -> None:
             "before\n<!-- figures x -->\nsetting\n\n| method | n |\n| --- | --- |\n| fa | 1 |\n\n"
             "- a / b <= 1.05: 1.050, held\n- speed >= 2.00: 1.900, MISSED\n<!-- end x -->\nafter\n"
         )
-    with pytest.raises(KeyError, match="figures y"):
+    with pytest.raises(ValueError, match="no place for y: add <!-- figures y -->"):
         figures.fill("none", [replace(result, name="y")])
     pytest.importorskip("matplotlib")
     assert figures.main([str(found), "--plot", str(plotted)]) == 0
     assert "title" in plotted.read_text(encoding="utf-8")
 
 
+def test_results_of_a_gpu_make_a_section(script: Any) -> None:
+    figures = script("figures")
+    page = (SCRIPTS.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    page = page[: page.index("<!-- figures gpu -->")] + "<!-- figures gpu -->\n<!-- end gpu -->\n"
+    here = figures.Result(figures.named("steps-nf4", "cpu"), "steps", "2 CPU threads", ["n"], [["1"]])
+    there = figures.Result(figures.named("steps-nf4", "cuda"), "steps on it", "some GPU", ["n"], [["2"]])
+    other = figures.Result(figures.named("memory-nf4", "cuda"), "memory on it", "some GPU", ["n"], [["3"]])
+    assert here.name != there.name
+    filled = figures.fill(page, [here])
+    assert "## On a GPU" not in filled and "some GPU" not in filled
+    both = figures.fill(filled, [there, other])
+    assert both == figures.fill(both, [here, there, other])
+    start = filled.index("<!-- figures gpu -->\n")
+    assert both[:start] == filled[:start] and "2 CPU threads" in both[:start]
+    assert both[start:] == (
+        "<!-- figures gpu -->\n\n## On a GPU\n\n### steps on it\n\nsome GPU\n\n| n |\n| --- |\n| 2 |\n\n"
+        "### memory on it\n\nsome GPU\n\n| n |\n| --- |\n| 3 |\n<!-- end gpu -->\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "content, flag, said",
+    [
+        ('[{"name": "tokens"}]', "--page", "is not what a benchmark wrote"),
+        ("{", "--page", "is not what a benchmark wrote"),
+        (None, "--page", "No such file"),
+        ("[]", "--plot", "has bars to draw"),
+        ("strange", "--page", "no place for strange: add <!-- figures strange -->"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_line(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, flag: str, said: str
+) -> None:
+    figures, found, target = script("figures"), tmp_path / "found.json", tmp_path / "target"
+    target.write_text("as it was")
+    if content == "strange":
+        content = json.dumps([figures.asdict(figures.Result("strange", "title", "setting", ["n"], [["1"]]))])
+    if content is not None:
+        found.write_text(content)
+    assert figures.main([str(found), flag, str(target)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
+    assert target.read_text() == "as it was"
+
+
 def test_the_pages_places_are_those_of_the_scripts() -> None:
     page = (SCRIPTS.parent / "docs" / "performance.md").read_text(encoding="utf-8")
-    names = ["steps-bfloat16", "steps-float32", "memory", "tokens", "complexity-layer", "complexity-model"]
+    names = ["steps-bfloat16", "steps-float32", "steps-nf4", "memory", "memory-nf4", "tokens", "gpu"]
+    names += ["complexity-layer", "complexity-model"]
     for name in names:
         assert page.count(f"<!-- figures {name} -->") == page.count(f"<!-- end {name} -->") == 1, name
 
@@ -196,6 +245,16 @@ def test_memory_of_each_method(script: Any, toy: Any, tmp_path: Path, monkeypatc
     assert [method for method, _ in asked] == ["frozen", "frozen", "fa", "fa", "lora", "lora"]
     assert result.rows[1] == ["fa", "79", "80", "0.79", "0.79"]
     assert [str(budget) for budget in result.budgets] == ["peak memory of fa / lora <= 0.78: 0.790, MISSED"]
+    monkeypatch.setattr(bench, "_in_a_process", lambda case, method, environment: {"lora": 100}.get(method, 50) * 10**6)
+    beside = bench.memory_result(case, ["fa", "lora", "lora 16 bit"])
+    assert beside.columns[3:] == ["/ lora", "alive / lora", "/ lora 16 bit", "alive / lora 16 bit"]
+    assert beside.rows[0] == ["fa", "50", "50", "0.50", "0.50", "1.00", "1.00"]
+    assert beside.bars["fa"] == (0.5, 0.5, 0.5) and beside.name == "memory"
+    names = [
+        bench.memory_result(replace(case, **changes), ["lora"]).name
+        for changes in ({"dtype": "float32"}, {"nf4": True})
+    ]
+    assert names == ["memory-float32", "memory-nf4"]
 
 
 @pytest.mark.parametrize("writes, code, wanted", [(True, 0, 0), (True, 1, 1), (False, 1, 1), (False, 3, 3)])

@@ -72,3 +72,11 @@ def test_names_that_pass_are_safe(name: str) -> None:
 def test_ordinary_names_pass() -> None:
     for name in ("math", "commonsense_170k", "gsm8k-v1.2", "7", "x" * 100):
         assert check_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["adding.run", "x.log", "x.run.RUN", "_.Log"])
+def test_no_new_task_is_called_as_what_lies_beside_adapters(name: str) -> None:
+    with pytest.raises(UsageError, match=r"^task name '\S+' is not usable: .*neither \.run nor \.log$"):
+        check_name(name, new_task=True)
+    assert check_name(name) == name
+    assert check_name(f"{name}.x", new_task=True) == f"{name}.x"

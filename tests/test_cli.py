@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from multisbora import checkpoint
+from multisbora.adapter import Adapter
+from multisbora.lifecycle import required
+from multisbora.project import Project
 
 
 def test_the_main_job(trained: Path, base: Path, run: Run) -> None:
@@ -177,6 +181,16 @@ def test_a_dry_merge_and_export_write_nothing(trained: Path, run: Run) -> None:
     assert run("merge", "--output", "merged", "--dry-run").code == 0
     assert run("export", "--task", "adding", "--format", "peft-lora", "--output", "lora", "--dry-run").code == 0
     assert sorted(trained.rglob("*")) == before
+
+
+def test_a_dry_export_checks_that_the_adapter_fits(trained: Path, tmp_path: Path, run: Run) -> None:
+    settings = yaml.safe_load(Path("multisbora.yaml").read_text())
+    other = tiny_llama(tmp_path / "other", dtype="float32", hidden_size=64)
+    Path("multisbora.yaml").write_text(yaml.safe_dump(settings | {"model": str(other)}))
+    command = ["export", "--task", "adding", "--format", "peft-lora", "--output", "lora"]
+    assert_refused(run(*command), 1, "adapters/adding", "does not fit")
+    assert_refused(run(*command, "--dry-run"), 1, "adapters/adding", "does not fit")
+    assert not Path("lora").exists()
 
 
 def test_release_gives_indices_back(project: Path, run: Run) -> None:
@@ -367,6 +381,47 @@ def test_merging_what_is_not_trained(project: Path, run: Run) -> None:
 
 def test_training_again_is_refused(trained: Path, run: Run) -> None:
     assert_refused(run("train", "--task", "adding"), 1, "adapters/adding is there already")
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_an_adapter_of_which_the_registry_was_not_told(trained: Path, run: Run, dry_run: bool) -> None:
+    """Killed when the run's folder was gone: the same command tells the registry, and says what the run came to."""
+    project = Project.load()
+    with required(project) as registry:
+        registry.mark(registry.task(project.model_name, "adding"), "training")
+    before = Path("adapters/adding/adapter_model.safetensors").stat().st_mtime_ns
+    done = run("train", "--task", "adding", "--json", *(["--dry-run"] if dry_run else []))
+    assert done.code == 0 and "killed before it could tell the registry" in done.err
+    kept = json.loads(Path("adapters/adding/training.json").read_text())
+    names = ("steps", "tokens", "loss", "trainable_parameters", "dev_loss", "best_step")
+    assert {name: done.json[name] for name in names} == {name: kept[name] for name in names}
+    assert Path("adapters/adding/adapter_model.safetensors").stat().st_mtime_ns == before
+    stage = run("status", "--json").json["tasks"]["adding"]["stage"]
+    assert stage == ("training" if dry_run else "trained")
+    if not dry_run:
+        event = run("registry", "history", "--task", "adding", "--json").json[-1]
+        assert event["detail"]["adapter_digest"] == Adapter.read("adapters/adding").digest
+        assert_refused(run("train", "--task", "adding"), 1, "adapters/adding is there already")
+
+
+def test_an_adapter_of_other_claims_is_not_taken_for_the_run_s(trained: Path, run: Run) -> None:
+    project = Project.load()
+    with required(project) as registry:
+        registry.mark(registry.task(project.model_name, "adding"), "training")
+    edit_json("adapters/adding/adapter_config.json", claim_digest="0" * 64)
+    assert_refused(run("train", "--task", "adding"), 1, "adapters/adding is there already")
+    assert run("status", "--json").json["tasks"]["adding"]["stage"] == "training"
+
+
+def test_what_a_run_came_to(project: Path, run: Run) -> None:
+    assert run("allocate", "--tasks", "adding,doubling").code == 0
+    line = run("train", "--task", "adding").out
+    assert re.fullmatch(r"adapters/adding: 3 steps, .*, loss \d+\.\d{4}, \d+ s in this session\n", line), line
+    dev = ["--set", "dev_size=4", "--set", "training.eval_steps=1"]
+    assert "adapters/doubling would be trained: 3 steps" in run("train", "--task", "doubling", *dev, "--dry-run").out
+    line = run("train", "--task", "doubling", *dev).out
+    kept = json.loads(Path("adapters/doubling/training.json").read_text())
+    assert f"dev loss {kept['dev_loss']:.4f} at step {kept['best_step']}, which is kept, " in line
 
 
 def test_an_adapter_of_another_base(trained: Path, tmp_path: Path, run: Run) -> None:

@@ -1,141 +1,29 @@
-"""Several tasks in one call: on this machine, and on a Ray cluster of two nodes that share a PostgreSQL registry."""
+"""Several tasks in one call: what is asked of an engine, and what becomes of its answers. Engines: test_engines.py."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-import torch
 import yaml
-from commands import Run, assert_refused, make_project
+from commands import Run, assert_refused
 
-from multisbora import cluster, workers
-from multisbora.board import Board
-from multisbora.errors import TrainingError
+from multisbora import cluster
+from multisbora.engines import KilledError
+from multisbora.errors import RegistryError, UsageError
 from multisbora.project import Project
-from multisbora.workers import WORKER_FILE, Job, KilledError, RayCluster
-
-TASKS = ("adding", "doubling", "broken")
-LONG = ("--max-steps", "60", "--set", "training.save_steps=5")
-WEIGHTS = "adapter_model.safetensors"
-MEMORY = 4_000_000_000
+from multisbora.workers import Job
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Bytes are compared between processes, and sums over several threads may differ."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def _no_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """A Ray cluster of two nodes with a CPU each, which both are on this machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        from ray.cluster_utils import Cluster
-
-        node = {"num_cpus": 1, "memory": MEMORY, "object_store_memory": 100 * 2**20, "include_dashboard": False}
-        found = Cluster(initialize_head=True, head_node_args=node)
-        found.add_node(num_cpus=1, memory=MEMORY, object_store_memory=100 * 2**20)
-        yield found.address
-        found.shutdown()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The bytes of adapters that were trained in one go, in this process."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    make_project(folder, base)
-    break_a_task(folder)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with contextlib.chdir(folder) if sys.version_info >= (3, 11) else _chdir(folder):
-        from multisbora.commands import train_task
-        from multisbora.lifecycle import allocate_tasks
-
-        project = Project.load()
-        allocate_tasks(project, TASKS, None, None, False, dry_run=False, say=lambda message: None)
-        found = {}
-        for task in ("adding", "doubling"):
-            overrides = ["training.max_steps=60", "training.save_steps=5"]
-            train_task(project, task, overrides, None, dry_run=False, say=lambda message: None, quiet=lambda: None)
-            found[task] = (project.adapter(task) / WEIGHTS).read_bytes()
-    torch.set_num_threads(threads)
-    return found
-
-
-@contextlib.contextmanager
-def _chdir(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    yield
-    os.chdir(before)
-
-
-def wait_for(what: Callable[[], Any], seconds: float = 400) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := what():
-            return found
-        time.sleep(0.01)
-    raise AssertionError(f"waited in vain for {what}")
-
-
-def worker(run: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((run / WORKER_FILE).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found
-
-
-def process_of(run: Path, checkpoint: int, command: subprocess.Popen[str] | None = None) -> int:
-    """The process that a run is in, once it has kept this checkpoint."""
-    state = run / f"checkpoint-{checkpoint}" / "trainer_state.json"
-    wait_for(lambda: state.parent.is_dir() or (command is not None and command.poll() is not None))
-    assert command is None or command.poll() is None, command.communicate()
-    return int(wait_for(lambda: worker(run))["pid"])
-
-
-class Killer(threading.Thread):
-    """Kills the process of a task in the middle of its run, and says whether another task was trained meanwhile."""
-
-    def __init__(self, task: str, other: str | None = None) -> None:
-        super().__init__(daemon=True)
-        self.run_folder = (Path("adapters") / f"{task}.run").absolute()
-        self.other_folder = None if other is None else (Path("adapters") / f"{other}.run").absolute()
-        self.killed, self.together = 0, False
-
-    def run(self) -> None:
-        if self.other_folder is not None:
-            self.together = bool(wait_for(lambda: worker(self.run_folder) and worker(self.other_folder)))
-        self.killed = process_of(self.run_folder, 10)
-        os.kill(self.killed, signal.SIGKILL)
-
-
-def break_a_task(folder: Path) -> None:
-    """A third recipe, whose rows lack a field of its prompt."""
-    recipe = yaml.safe_load((folder / "tasks" / "adding.yaml").read_text())
-    (folder / "tasks" / "broken.yaml").write_text(yaml.safe_dump(recipe | {"prompt": "Q: {question}\nA:"}))
 
 
 def set_registry(folder: Path, url: str) -> None:
@@ -150,7 +38,7 @@ class Stub:
     resources: tuple[dict[str, float], ...] = ()
 
     def __init__(self, address: str | None = None, kills: dict[str, int] | None = None) -> None:
-        self.kills, self.asked = kills or {}, list[Job]()
+        self.kills, self.asked, self.stopped = kills or {}, list[Job](), list[Job]()
 
     def __enter__(self) -> Stub:
         return self
@@ -173,142 +61,8 @@ class Stub:
             raise KilledError("SIGKILL")
         return {"steps": 3, "loss": 1.0}
 
-    def stop(self, started: Any) -> None:
-        pass
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_cluster_of_two_nodes(
-    project: Path, run: Run, address: str, postgresql_url: str, undisturbed: dict[str, bytes]
-) -> None:
-    """One of three tasks is killed and goes on, one fails, and the third has nothing to do with either."""
-    break_a_task(project)
-    set_registry(project, postgresql_url)
-    assert run("allocate", "--tasks", ",".join(TASKS)).code == 0
-    killer = Killer("adding", "doubling")
-    killer.start()
-
-    done = run("train", "--tasks", "adding,doubling,broken", "--engine", "ray", "--address", address, "--json", *LONG)
-
-    killer.join(60)
-    assert killer.killed and killer.together
-    assert done.code == 1
-    assert done.err.splitlines()[-1] == "multisbora: 1 of 3 tasks failed: broken (adapters/broken.log)"
-    found = done.json["tasks"]
-    assert [(task, of["state"], of["attempts"]) for task, of in found.items()] == [
-        ("adding", "trained", 2),
-        ("doubling", "trained", 1),
-        ("broken", "failed", 1),
-    ]
-    assert found["adding"]["result"]["steps"] == 60
-    assert found["adding"]["resources"]["cpus"] == 1 and found["adding"]["resources"]["gpus"] == 0
-    assert cluster.LIBRARY_BYTES < found["adding"]["resources"]["memory"] < MEMORY
-    assert "field question" in found["broken"]["error"] and f"broken: failed: {found['broken']['error']}" in done.err
-    assert "adding: its process was killed (WorkerCrashedError), retry 1 of 3" in done.err
-    assert "ray" not in done.err.lower().replace("--engine ray", "")
-
-    for task in ("adding", "doubling"):
-        assert (project / "adapters" / task / WEIGHTS).read_bytes() == undisturbed[task], task
-    log = (project / "adapters" / "adding.log").read_text()
-    assert re.search(rf"attempt 1 on .*, process {killer.killed}\n", log)
-    assert "attempt 2" in log and "going on from" in log
-    assert "field question" in (project / "adapters" / "broken.log").read_text()
-    assert not list((project / "adapters").glob("*.run")) and not list((project / "adapters").glob(".*"))
-    stages = {task: of["stage"] for task, of in run("status", "--json").json["tasks"].items()}
-    assert stages == {"adding": "trained", "doubling": "trained", "broken": "allocated"}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_killed_task_goes_on_here(
-    project: Path, run: Run, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same with the local engine; then other calls, which do what is left."""
-    break_a_task(project)
-    assert run("allocate", "--tasks", ",".join(TASKS)).code == 0
-    killer = Killer("adding")
-    killer.start()
-
-    done = run("train", "--tasks", "adding", "--json", *LONG)
-
-    assert killer.killed
-    assert done.code == 0
-    found = done.json["tasks"]["adding"]
-    assert (found["state"], found["attempts"], found["resources"]) == ("trained", 2, {})
-    assert "adding: its process was killed (SIGKILL), retry 1 of 3" in done.err
-    assert (project / "adapters" / "adding" / WEIGHTS).read_bytes() == undisturbed["adding"]
-
-    stub = Stub()
-    monkeypatch.setattr(cluster, "LocalProcesses", lambda: stub)
-    done = run("train", "--tasks", "adding,doubling", "--json")
-    assert done.code == 0
-    assert [of["state"] for of in done.json["tasks"].values()] == ["there already", "trained"]
-    assert "adding: adapters/adding is there already" in done.err
-    assert [job.task for job in stub.asked] == ["doubling"]
-
-    done = run("train", "--tasks", "adding", "--engine", "ray")  # for which no Ray is started
-    assert done.code == 0
-    assert [line.split()[:3] for line in done.out.splitlines()][1:] == [["adding", "there", "already"]]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("engine", "number"), [("local", signal.SIGINT), ("ray", signal.SIGTERM)])
-def test_an_interrupt_stops_all_and_keeps_checkpoints(
-    engine: str, number: signal.Signals, project: Path, run: Run, request: pytest.FixtureRequest
-) -> None:
-    flags = ["--engine", engine]
-    if engine == "ray":
-        flags += ["--address", request.getfixturevalue("address")]
-        set_registry(project, request.getfixturevalue("postgresql_url"))
-    assert run("allocate", "--tasks", "adding,doubling").code == 0
-    # A test run in the background of a shell ignores Ctrl-C, and hands that down.
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "from multisbora.cli import main; main()"
-    command = [sys.executable, "-c", code, "train", "--tasks", "adding,doubling", *flags, "--json"]
-    steps = ["--max-steps", "100000", "--set", "training.save_steps=5"]
-    started = subprocess.Popen([*command, *steps], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        runs = [Path(f"adapters/{task}.run") for task in (("adding", "doubling") if engine == "ray" else ("adding",))]
-        processes = [psutil.Process(process_of(folder, 10, started)) for folder in runs]
-        started.send_signal(number)
-        out, err = started.communicate(timeout=200)
-    finally:
-        started.kill()
-    assert started.returncode == 1 and out == ""
-    assert err.splitlines()[-1].startswith("multisbora: interrupted: ") and "adding, doubling" in err
-    assert "Traceback" not in err
-    psutil.wait_procs(processes, timeout=60)
-    assert not any(process.is_running() for process in processes)
-    assert all(list(folder.glob("checkpoint-*")) for folder in runs)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_process_of_the_local_engine_ends_with_its_parent(project: Path, run: Run) -> None:
-    assert run("allocate", "--tasks", "adding").code == 0
-    command = [sys.executable, "-m", "multisbora", "train", "--tasks", "adding", "--max-steps", "100000"]
-    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        process = psutil.Process(int(wait_for(lambda: worker(Path("adapters/adding.run")))["pid"]))
-    finally:
-        started.kill()
-        started.wait()
-    process.wait(timeout=60)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_dry_run_starts_ray_here_and_writes_nothing(project: Path, run: Run) -> None:
-    assert run("allocate", "--tasks", "adding,doubling").code == 0
-    before = sorted(project.rglob("*"))
-    done = run("train", "--tasks", "adding,doubling", "--engine", "ray", "--dry-run", "--json")
-    assert done.code == 0, done
-    for found in done.json["tasks"].values():
-        assert found["state"] == "planned" and found["result"]["steps"] == 3
-        assert found["resources"]["memory"] > cluster.LIBRARY_BYTES
-    assert sorted(project.rglob("*")) == before
+    def stop(self, started: Sequence[Job]) -> None:
+        self.stopped += started
 
 
 @pytest.fixture
@@ -449,59 +203,93 @@ def test_no_cluster_at_the_address(address: str, project: Path, run: Run, monkey
     assert_refused(run("train", "--tasks", "adding", "--engine", "ray"), 1, f"no Ray cluster answers at {address}")
 
 
-def test_nodes_that_do_not_see_the_project(project: Path, address: str, tmp_path: Path) -> None:
-    with RayCluster(address) as joined:
-        joined.look(Project.load(), project)
-        with pytest.raises(TrainingError, match=r"node \S+ does not see .*/other/multisbora.yaml: .*that they share"):
-            joined.look(Project.load(), tmp_path / "other")
-        assert [node["CPU"] for node in joined.nodes()] == [1, 1]
+@pytest.fixture
+def stub(project: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Stub:
+    """In the place of the local engine, for two tasks with claims."""
+    assert run("allocate", "--tasks", "adding,doubling").code == 0
+    found = Stub()
+    monkeypatch.setattr(cluster, "LocalProcesses", lambda: found)
+    return found
 
 
-def test_a_job_as_json(project: Path) -> None:
-    job = Job(Project.load(composition="other"), project, "adding", ("training.epochs=1",), max_steps=3, cpus=2).again()
-    assert Job.from_json(job.to_json()) == job and "\n" not in job.to_json()
+def test_a_second_call_does_what_is_left(trained: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (trained / "adapters" / "doubling").rename(trained / "elsewhere")
+    stub = Stub()
+    monkeypatch.setattr(cluster, "LocalProcesses", lambda: stub)
+    done = run("train", "--tasks", "adding,doubling", "--json")
+    assert done.code == 0
+    assert [of["state"] for of in done.json["tasks"].values()] == ["there already", "trained"]
+    assert "adding: adapters/adding is there already" in done.err
+    assert [job.task for job in stub.asked] == ["doubling"]
+
+    done = run("train", "--tasks", "adding", "--engine", "ray")  # for which no Ray is started
+    assert done.code == 0
+    assert [line.split()[:3] for line in done.out.splitlines()][1:] == [["adding", "there", "already"]]
 
 
-def test_a_table_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    terminal, said = Terminal(), list[str]()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    project = Project.of(model="base")
-    jobs = [Job(project, tmp_path, task, (), max_steps=60) for task in ("adding", "doubling")]
-    with Board(jobs, said.append) as board:
-        board.look(jobs)
-        (tmp_path / jobs[0].run).mkdir(parents=True)
-        place = {"token": jobs[0].token, "host": "node-7", "pid": 1}
-        (tmp_path / jobs[0].run / WORKER_FILE).write_text(json.dumps(place))
-        lines = [{"step": 5, "loss": 2.5, "tokens_per_second": 1234.5}, {"step": 6, "dev_loss": 2.0}]
-        metrics = "".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 7, "lo'
-        (tmp_path / jobs[0].run / "metrics.jsonl").write_text(metrics)
-        board.look(jobs)
-        board.ended(jobs[1], "failed", "no rows", {})
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).split("\n")
-    last = [line.split() for line in shown if line.strip()][-3:]
-    assert last[0] == ["task", "state", "node", "step", "loss", "tokens/s", "elapsed"]
-    assert last[1][:6] == ["adding", "training", "node-7", "6/60", "2.5000", "1,234"]
-    assert last[2] == ["doubling", "failed", "0:00"]
-    assert said == ["doubling: failed: no rows (log: adapters/doubling.log)"]
+def test_no_tasks(project: Path) -> None:
+    with pytest.raises(UsageError, match="no task to train was named"):
+        cluster.train_tasks(Project.load(), [])
 
 
-def test_an_error_of_a_library_ends_its_task_alone(project: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it said, and where, is in the log; this process keeps its own stdout."""
-    assert run("allocate", "--tasks", "adding").code == 0
+def test_what_ends_the_drive_stops_the_processes(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(started: Job) -> None:
+        raise ZeroDivisionError
 
-    def fail(*_: object, **__: object) -> None:
-        os.write(1, b"from below\n")
-        raise ZeroDivisionError("first\nsecond")
+    monkeypatch.setattr(stub, "answer", fail)
+    with pytest.raises(ZeroDivisionError):
+        cluster.train_tasks(Project.load(), ["adding", "doubling"])
+    assert [job.task for job in stub.stopped] == ["adding"]
 
-    monkeypatch.setattr(workers, "train_task", fail)
-    # pytest has put a file in the place of stdout, for which `work` puts another.
-    assert workers.work(Job(Project.load(), project, "adding", ())) == {"error": "ZeroDivisionError: first"}
-    log = (project / "adapters" / "adding.log").read_text()
-    assert "from below" in log and "Traceback" in log and log.endswith("second\n")
-    assert sorted(path.name for path in (project / "adapters").iterdir()) == ["adding.log"]
+
+def test_a_killed_task_whose_registry_is_away(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails; the next one is trained all the same."""
+    stub.kills = {"adding": 1}
+    is_there = cluster._is_there
+
+    def away(*arguments: Any, **flags: Any) -> bool:
+        if stub.asked:
+            raise RegistryError("no answer from the database")
+        return is_there(*arguments, **flags)
+
+    monkeypatch.setattr(cluster, "_is_there", away)
+    found = cluster.train_tasks(Project.load(), ["adding", "doubling"]).tasks
+    assert [of.state for of in found.values()] == ["failed", "trained"]
+    assert "killed (SIGKILL)" in str(found["adding"].error) and "no answer from" in str(found["adding"].error)
+
+
+def test_off_the_main_thread(stub: Stub) -> None:
+    found: list[cluster.Outcomes] = []
+    thread = threading.Thread(target=lambda: found.append(cluster.train_tasks(Project.load(), ["adding"])))
+    thread.start()
+    thread.join()
+    assert [of.state for of in found[0].tasks.values()] == ["trained"]
+
+
+def test_a_handler_that_python_does_not_know_stays(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: pytest.fail("replaced"))
+    assert cluster.train_tasks(Project.load(), ["adding"]).tasks["adding"].state == "trained"
+
+
+def test_a_registry_with_a_task_called_as_the_run_of_another(
+    trained: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can be read, and its adapter stays whole when the other task is trained; no new one can be made."""
+    assert_refused(run("allocate", "--tasks", "adding.run"), 2, "'adding.run'", "neither .run nor .log")
+    assert_refused(
+        run("registry", "rename", "--task", "doubling", "--to", "adding.log"),
+        2,
+        "'adding.log'",
+        "neither .run nor .log",
+    )
+    with monkeypatch.context() as before:
+        before.setattr("multisbora.registry.claims._BESIDE_ADAPTERS", ())
+        assert run("registry", "rename", "--task", "doubling", "--to", "adding.run").code == 0
+    (trained / "adapters" / "adding").rename(trained / "elsewhere")
+    files = {path.name: path.read_bytes() for path in (trained / "adapters" / "adding.run").iterdir()}
+    assert_refused(run("train", "--task", "adding"), 1, "adapters/adding.run holds an adapter", progress=True)
+    assert {path.name: path.read_bytes() for path in (trained / "adapters" / "adding.run").iterdir()} == files
+    assert run("registry", "check").code == 0
+    assert "adding.run" in run("status", "--json").json["tasks"]
+    assert run("registry", "rename", "--task", "adding.run", "--to", "tripling").code == 0

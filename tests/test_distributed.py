@@ -47,7 +47,7 @@ def test_promises_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     fsdp = torchrun(2, 1, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
     assert Processes.promised(fsdp) == Processes(2, 1, "fsdp2")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert Processes.promised(torchrun(2, ACCELERATE_USE_DEEPSPEED="true")).kind == "deepspeed"
+    assert Processes.promised(torchrun(2, ACCELERATE_USE_DEEPSPEED="true")).parallelism == "deepspeed"
     assert Processes.promised({}).settings == {"processes": 1}
     assert Processes.promised(fsdp).settings == {"processes": 2, "parallelism": "fsdp2"}
     # What MPI and Slurm set of a single process promises nothing.
@@ -89,7 +89,7 @@ def test_deepspeed_config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     refused(lambda: Processes.promised(environ, config), UsageError, "deepspeed is not installed")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     found = Processes.promised(environ, config)
-    assert found.kind == "deepspeed" and found.deepspeed == {"zero_optimization": {"stage": 2}}
+    assert found.parallelism == "deepspeed" and found.deepspeed == {"zero_optimization": {"stage": 2}}
     assert found.settings["deepspeed"] == found.deepspeed
 
 
@@ -125,7 +125,7 @@ def test_what_came_up_is_compared(promised: Processes, came_up: tuple[Any, ...],
     if right:
         promised.check(accelerator)
         return
-    name = {"ddp": "data parallelism", "fsdp2": "FSDP2", "deepspeed": "DeepSpeed"}[promised.kind]
+    name = {"ddp": "data parallelism", "fsdp2": "FSDP2", "deepspeed": "DeepSpeed"}[promised.parallelism]
     refused(
         lambda: promised.check(accelerator),
         TrainingError,
@@ -155,7 +155,10 @@ def test_the_batch_is_divided() -> None:
     assert Processes(2).micro_batch(16, 4) == (4, 2)
     assert Processes(4).micro_batch(16, 8) == (4, 1)  # a micro-batch is what fits on a device: less fits too
     refused(lambda: Processes(3).micro_batch(16, None), UsageError, "16 cannot be divided among 3 processes")
-    refused(lambda: Processes(2).micro_batch(12, 4), UsageError, "12 is 6 examples for each of 2", "micro_batch_size 4")
+    # A bound: the largest divisor of a process's share that is not above it.
+    assert Processes(2).micro_batch(12, 4) == (3, 2)
+    assert Processes(2).micro_batch(6, 2) == (1, 3)
+    assert Processes(1).micro_batch(10, 4) == (2, 5)
 
 
 def test_quantised_bases_are_not_sharded() -> None:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import multisbora.cli
+import multisbora.commands
 from multisbora.allocator import DEFAULT_TARGETS, allocate
 from multisbora.errors import AllocationError, UsageError
 from multisbora.geometry import Geometry, Matrix, from_card, from_checkpoint
@@ -279,7 +280,9 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """`multisbora plan ...` in an empty folder: exit code, stdout, stderr."""
-    monkeypatch.setattr(multisbora.cli, "_quiet_libraries", lambda: None)  # for its whole process, and tests share one
+    monkeypatch.setattr(
+        multisbora.commands, "quiet_libraries", lambda: None
+    )  # for its whole process, and tests share one
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> tuple[int, str, str]:
@@ -345,6 +348,20 @@ def test_command_line_takes_checkpointing_from_the_recipes(run: Run, tmp_path: P
         assert code == 0, err
         peaks[tasks] = json.loads(out)["peak"]["peak"]
     assert peaks["frugal"] < peaks["plain"] == peaks["plain,frugal"]  # the larger of the two is what must fit
+
+
+def test_command_line_predicts_no_peak_of_a_quantised_base(run: Run, tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base")
+    (tmp_path / "tasks").mkdir()
+    recipe = "prompt: '{q}'\ntrain: rows.jsonl\neval: {data: rows.jsonl, metric: number}\n"
+    (tmp_path / "tasks" / "plain.yaml").write_text(recipe)
+    (tmp_path / "tasks" / "small.yaml").write_text(recipe + "training: {quantization: nf4}\n")
+    shape = ("--rank", "4", "--batch-size", "8", "--length", "32")
+    code, out, err = run("--model", str(base), *shape, "--tasks", "plain,small")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "not predicted for a quantised base: task small has training.quantization nf4" in err
+    assert run("--model", str(base), "--rank", "4", "--tasks", "plain,small")[0] == 0
+    assert run("--model", str(base), *shape, "--tasks", "plain")[0] == 0
 
 
 @pytest.mark.parametrize("half", [("--batch-size", "4"), ("--length", "128")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,13 +116,21 @@ def test_digest_is_of_the_content(tmp_path: Path) -> None:
         ({"training": {"epochs": 0}}, ("training.epochs", "greater than 0", "got 0")),
         ({"training": {"dropout": 1}}, ("training.dropout", "less than 1")),
         ({"training": {"epochs": "many"}}, ("training.epochs", "got 'many'")),
-        ({"training": {"batch_size": 10, "micro_batch_size": 4}}, ("batch_size 10 is no multiple",)),
+        ({"training": {"micro_batch_size": 0}}, ("training.micro_batch_size", "greater than 0")),
+        ({"training": {"seed": -1}}, ("training.seed", "greater than or equal to 0")),
+        ({"training": {"seed": 2**32}}, ("training.seed", "less than 4294967296")),
+        ({"training": {"epochs": math.inf}}, ("training.epochs", "finite number")),
+        ({"training": {"learning_rate": math.inf}}, ("training.learning_rate", "finite number")),
+        ({"training": {"weight_decay": math.inf}}, ("training.weight_decay", "finite number")),
+        ({"training": {"max_grad_norm": math.nan}}, ("training.max_grad_norm", "greater than 0")),
+        ({"dev_size": math.inf}, ("dev_size", "finite number")),
         ({"training": 5}, ("training", "got 5")),
         ({"dev_size": 0}, ("dev_size", "greater than 0")),
         ({"dev_size": 1.5}, ("dev_size 1.5 is neither a share", "whole number of rows")),
         ({"dev": "dev.json", "dev_size": 0.1}, ("dev names rows", "dev_size", "give one of them")),
         ({"dev": [{"pth": "x"}]}, ("dev.0.pth", "did you mean path?")),
         ({"training": {"early_stopping_patience": 3}}, ("early_stopping_patience needs dev rows", "dev_size, 0.05")),
+        ({"training": {"eval_steps": 7}}, ("training.eval_steps needs dev rows", "dev_size, 0.05")),
         ({"training": {"early_stopping_patience": 0}, "dev_size": 0.1}, ("early_stopping_patience", "greater than 0")),
         ({"prompt": "no field"}, ("prompt names no field", "{instruction}")),
         ({"prompt": "{instruction"}, ("expected '}'",)),
@@ -140,6 +149,14 @@ def test_digest_is_of_the_content(tmp_path: Path) -> None:
 def test_fault(tmp_path: Path, changes: dict[str, Any], words: tuple[str, ...]) -> None:
     folder = write(tmp_path, **changes)
     refused(lambda: load("toy", folder), str(tmp_path / "toy.yaml"), *words)
+
+
+def test_what_is_no_fault(tmp_path: Path) -> None:
+    assert load("toy", write(tmp_path, training={"max_grad_norm": math.inf})).training.max_grad_norm == math.inf
+    recipe = load("toy", write(tmp_path, training={"batch_size": 6, "micro_batch_size": 4}))
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+    watched = load("toy", write(tmp_path, dev_size=0.1, training={"eval_steps": 7}))
+    assert watched.training.eval_steps == 7
 
 
 def test_name_is_the_file_s(tmp_path: Path) -> None:

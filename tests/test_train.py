@@ -18,7 +18,7 @@ import pytest
 import torch
 from builders import tiny_gpt2, tiny_llama
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from multisbora.adapter import Adapter
 from multisbora.allocator import allocate
@@ -298,6 +298,58 @@ def test_resume_with_other_settings_is_refused(llama: Base, gpt2: Base, recipe: 
     assert (tmp_path / "a.run" / RUN_FILE).read_bytes() == before
     (tmp_path / "a.run" / RUN_FILE).write_text("{")
     refused(lambda: train(recipe(), llama.folder, claims, output), TrainingError, RUN_FILE, "delete that folder")
+
+
+def test_what_changes_nothing_may_change(llama: Base, recipe: Any, rows: Path, tmp_path: Path) -> None:
+    output, claims = tmp_path / "a", llama.claims["fa"]
+    interrupted(3, recipe(), llama.folder, claims, output)
+    moved = tmp_path / "moved.json"
+    shutil.copyfile(rows, moved)
+    scored = {"data": str(tmp_path / "other.json"), "metric": "letter", "max_new_tokens": 8}
+    other = recipe(
+        description="better", train=str(moved), eval=scored, target_modules=["k_proj"], training={"save_steps": 1}
+    )
+    said: list[str] = []
+    train(other, llama.folder, claims, output, say=said.append)
+    assert any("going on from" in line for line in said)
+    train(recipe(), llama.folder, claims, tmp_path / "whole")
+    assert weights(output) == weights(tmp_path / "whole")
+    summary = json.loads((output / TRAINING_FILE).read_text())
+    assert summary["recipe"]["description"] == "better" and summary["recipe"]["training"]["save_steps"] == 1
+    assert summary["machine"]["torch"] == torch.__version__ and summary["machine"]["packed"]
+
+
+def test_padded_after_packed_is_no_resume(
+    llama: Base, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(3, recipe(), llama.folder, llama.claims["fa"], tmp_path / "a")
+    monkeypatch.setattr(train_module, "packs", lambda model: False)
+    refused(
+        lambda: train(recipe(), llama.folder, llama.claims["fa"], tmp_path / "a"),
+        TrainingError,
+        *("a.run", "computed with something else", "packed was True, is False", "delete that folder"),
+    )
+
+
+def test_a_checkpoint_without_the_optimizer_is_not_gone_on_from(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    claims, output = llama.claims["fa"], tmp_path / "a"
+    interrupted(5, recipe(), llama.folder, claims, output)
+    (tmp_path / "a.run" / "checkpoint-4" / "optimizer.safetensors").unlink()
+    said: list[str] = []
+    train(recipe(), llama.folder, claims, output, say=said.append)
+    assert any("going on from" in line and "checkpoint-2" in line for line in said)
+
+
+def test_test_rows_that_move_dev_rows_are_no_resume(llama: Base, recipe: Any, rows: Path, tmp_path: Path) -> None:
+    interrupted(3, recipe(dev_size=4), llama.folder, llama.claims["fa"], tmp_path / "a")
+    # Test rows are never held out: with all but four of the training rows among them, these four are.
+    test = tmp_path / "test.json"
+    test.write_text(json.dumps([{**row, "answer": "1"} for row in json.loads(rows.read_text())[:-4]]))
+    changed = recipe(dev_size=4, eval={"data": str(test), "metric": "number"})
+    refused(
+        lambda: train(changed, llama.folder, llama.claims["fa"], tmp_path / "a"),
+        *(TrainingError, "dev_digest was", "train_digest was"),
+    )
 
 
 def test_other_settings_are_fine_while_there_is_no_checkpoint(llama: Base, recipe: Any, tmp_path: Path) -> None:
@@ -591,6 +643,11 @@ def test_data_that_cannot_be_used(llama: Base, recipe: Any, tmp_path: Path) -> N
     [
         ({"optimizer": "adam_wrong"}, ("training.optimizer", "adam_wrong")),
         ({"lr_scheduler": "zigzag"}, ("training.lr_scheduler", "zigzag")),
+        (
+            {"lr_scheduler": "warmup_stable_decay"},
+            ("lr_scheduler 'warmup_stable_decay' cannot be used", "inverse_sqrt"),
+        ),
+        ({"lr_scheduler": "reduce_lr_on_plateau"}, ("lr_scheduler 'reduce_lr_on_plateau' cannot be used",)),
         pytest.param(
             {"optimizer": "paged_adamw_32bit"},
             ("training.optimizer 'paged_adamw_32bit'", "no CUDA device"),
@@ -606,6 +663,37 @@ def test_settings_that_the_trainer_does_not_know(
         lambda: train(recipe(training=training), llama.folder, llama.claims["fa"], tmp_path / "a"), UsageError, *words
     )
     assert not list(tmp_path.glob("a*"))
+
+
+@pytest.mark.parametrize("name", train_module._SCHEDULES)
+def test_schedules_need_no_arguments_of_their_own(name: str) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=3)
+    optimizer.step()
+    schedule.step()
+    assert schedule.get_last_lr()[0] > 0
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_rows_longer_than_the_positions(recipe: Any, tmp_path: Path, dry_run: bool) -> None:
+    short = Base(tiny_gpt2(tmp_path / "short", n_positions=20), "gpt2")
+    calls: list[str] = []
+    refused(
+        lambda: train(
+            recipe(),
+            *(short.folder, short.claims["fa"], tmp_path / "a"),
+            dry_run=dry_run,
+            on_start=lambda: calls.append("started"),
+        ),
+        *(DataError, "task toy needs up to", "made for 20", "lower training.cutoff to 20"),
+    )
+    assert not calls and not (tmp_path / "a.run").exists()
+    cut = recipe(training={"cutoff": 20, "max_truncated": 1})
+    assert train(cut, short.folder, short.claims["fa"], tmp_path / "a").steps == STEPS
+    turning = Base(tiny_llama(tmp_path / "turning", max_position_embeddings=20), "llama")
+    said: list[str] = []
+    train(recipe(), turning.folder, turning.claims["fa"], tmp_path / "b", dry_run=True, say=said.append)
+    assert any("made for 20" in line for line in said)
 
 
 def test_base_that_cannot_be_read(llama: Base, recipe: Any, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from multisbora.dataset import Example, packs, pad
 from multisbora.distributed import Processes
 from multisbora.errors import TrainingError, UsageError
 from multisbora.recipe import Recipe
-from multisbora.trainer import LengthGrouped, TaskTrainer, answer_loss
+from multisbora.trainer import LengthGrouped, TaskTrainer, answer_loss, checkpoint_files
 
 trainer_module = importlib.import_module("multisbora.trainer")
 
@@ -147,6 +147,20 @@ def test_uneven_micro_batches(packed: bool, tmp_path: Path) -> None:
     assert parts.losses == [pytest.approx(whole.losses[0], rel=TOLERANCE)]
     for name, gradient in whole.steps[0].items():
         assert (parts.steps[0][name] - gradient).norm() <= TOLERANCE * gradient.norm(), name
+
+
+def test_a_blank_is_at_hand_only_where_a_process_can_be_left_without(tmp_path: Path) -> None:
+    trainer = make_trainer(model("llama"), tmp_path, examples())
+    assert len(trainer.get_train_dataloader().dataset) == len(LENGTHS)
+    trainer.processes = Processes(2)
+    assert len(trainer.get_train_dataloader().dataset) == len(LENGTHS) + 1
+
+
+def test_the_files_of_a_checkpoint() -> None:
+    assert {"adapter_model.safetensors", "optimizer.json", "scheduler.safetensors"} < set(checkpoint_files(Processes()))
+    one, two = checkpoint_files(Processes()), checkpoint_files(Processes(2, 1, "fsdp2"))
+    assert sorted(set(two) - set(one)) == ["random_1.json", "random_1.safetensors"]
+    assert checkpoint_files(Processes(2, 0, "deepspeed")) == ["adapter_model.safetensors"]
 
 
 def test_real_tokens_are_counted(tmp_path: Path) -> None:

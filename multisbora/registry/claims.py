@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..region import Region, Variant
 
 MAX_NAME = 100
+_BESIDE_ADAPTERS = (".run", ".log")  # TASK.run and TASK.log are what training keeps beside the adapter TASK
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,22 @@ class Event:
     detail: dict[str, Any]
 
 
-def check_name(name: str, what: str = "task") -> str:
+def check_name(name: str, what: str = "task", *, new_task: bool = False) -> str:
     """Return `name` if it can stand for a task or composition in a folder name, a URL and a command line.
 
+    Args:
+        new_task: a task shall be called so from now on. Names that older registries hold may end as no new one may.
+
     Raises:
-        UsageError: it is empty, longer than 100 characters, or has others than letters, digits, dot, dash, underscore.
+        UsageError: it is empty, longer than 100 characters, or has others than letters, digits, dot, dash, underscore;
+            or, of a new task, ends in .run or .log.
     """
     if isinstance(name, str) and len(name) <= MAX_NAME and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        if new_task and name.lower().endswith(_BESIDE_ADAPTERS):
+            raise UsageError(
+                f"task name {name!r} is not usable: training keeps the run of a task TASK in TASK.run and its output "
+                "in TASK.log, beside the adapters; choose a name that ends in neither .run nor .log"
+            )
         return name
     shown = repr(name) if len(repr(name)) <= 60 else repr(name)[:60] + "..."
     raise UsageError(

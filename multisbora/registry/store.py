@@ -179,7 +179,7 @@ class Registry:
             UsageError: a name that no task can have.
             RegistryError: the task holds no claims, or the name is taken.
         """
-        check_name(name)
+        check_name(name, new_task=True)
         with self.transaction(dry_run=dry_run) as ledger:
             ledger.rename(model, task, name)
 

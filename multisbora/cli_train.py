@@ -1,0 +1,97 @@
+"""The command `multisbora train`: one task in this process, or several in processes of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .distributed import finish, hush, is_first
+from .errors import TrainingError, UsageError
+from .terminal import Composition, DryRun, Json, OneTask, Set, Tasks, say, show, split, table
+
+if TYPE_CHECKING:
+    from .project import Project
+
+
+def train(
+    task: OneTask = None,
+    tasks: Tasks = None,
+    max_steps: Annotated[int | None, typer.Option("--max-steps", help="Optimizer steps, in place of epochs.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option("--quantization", help="Quantise the base to train on it: nf4 or int8.")
+    ] = None,
+    composition: Composition = None,
+    set_: Set = None,
+    deepspeed: Annotated[
+        Path | None, typer.Option("--deepspeed", help="DeepSpeed config file, in JSON. Start with torchrun.")
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine", help="For --tasks: local (one after another, if not given) or ray (as many at once as fit)."
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="Of a running Ray cluster, HOST:PORT. RAY_ADDRESS, or one here, if not given."),
+    ] = None,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train one task alone, into adapters/TASK, or with --tasks several. An interrupted run goes on by itself.
+
+    On several devices, start it with `torchrun --nproc-per-node N -m multisbora train ...` or `accelerate launch`.
+
+    With --tasks each task has a process of its own, and its output goes to adapters/TASK.log. A process that is killed
+    is started again and goes on. Tasks that are trained already are left as they are.
+    """
+    from .commands import quiet_libraries, train_task
+    from .project import Project
+
+    flags = {"max_steps": max_steps, "quantization": quantization}
+    overrides = [*(set_ or []), *(f"training.{key}={value}" for key, value in flags.items() if value is not None)]
+    if (task is None) == (tasks is None):
+        raise UsageError("name the task with --task, or several with --tasks")
+    if task is not None and (engine is not None or address is not None):
+        raise UsageError("--engine and --address are for --tasks: name the task with that")
+    if tasks is not None and deepspeed is not None:
+        raise UsageError("--deepspeed trains one task in several processes: name it with --task")
+
+    project = Project.load(composition=composition)
+    if task is None:
+        _train_several(project, split(tasks) or [], overrides, engine, address, as_json, dry_run)
+        return
+    talk = say if is_first() else hush
+    found = train_task(project, task, overrides, deepspeed, dry_run=dry_run, say=talk, quiet=quiet_libraries)
+    finish()
+    if not is_first():
+        return
+    line = f"{found.steps} steps, {found.tokens:,} tokens, {found.trainable_parameters:,} trainable parameters"
+    if found.loss is None:
+        show(found.to_json(), as_json, [f"{found.adapter} would be trained: {line}"])
+        return
+    kept = "" if found.dev_loss is None else f", dev loss {found.dev_loss:.4f} at step {found.best_step}, which is kept"
+    took = f"{found.seconds:.0f} s in this session"
+    show(found.to_json(), as_json, [f"{found.adapter}: {line}, loss {found.loss:.4f}{kept}, {took}"])
+
+
+def _train_several(
+    project: Project,
+    tasks: list[str],
+    overrides: list[str],
+    engine: str | None,
+    address: str | None,
+    as_json: bool,
+    dry_run: bool,
+) -> None:
+    from .cluster import train_tasks
+    from .commands import quiet_libraries
+
+    if dry_run or engine == "ray":  # the plan is made in this process; the others have logs of their own
+        quiet_libraries()
+    found = train_tasks(project, tasks, overrides, engine=engine or "local", address=address, dry_run=dry_run, say=say)
+    show(found.to_json(), as_json, table(found.rows()))
+    if found.failure is not None:
+        raise TrainingError(found.failure)
