@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from studies import multisbora, side_by_side
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SETTINGS = ["training.learning_rate=1e-3", "training.warmup_steps=20", "training.save_steps=50"]
@@ -166,32 +164,6 @@ def report(
 
 def figure(nll: float | None) -> str:
     return "-" if nll is None else f"{nll:.4f}"
-
-
-def multisbora(folder: Path, arguments: list[str], threads: int | None = None) -> str:
-    print(f"{folder.name}$ multisbora {' '.join(arguments)}", file=sys.stderr, flush=True)
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    done = subprocess.run(
-        [sys.executable, "-m", "multisbora", *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
-    )
-    if done.returncode:
-        sys.exit(f"multisbora {arguments[0]} ended with exit code {done.returncode}")
-    return done.stdout
-
-
-def side_by_side(jobs: list[tuple[Path, list[str], Path | None]]) -> None:
-    """Two commands at a time, with half of the cores each; a job's answer goes into its file, whole."""
-
-    def run(job: tuple[Path, list[str], Path | None]) -> None:
-        folder, command, target = job
-        answer = multisbora(folder, command, threads=max(1, (os.cpu_count() or 1) // 2))
-        if target is not None:
-            partial = target.with_suffix(".partial")
-            partial.write_text(answer)
-            partial.replace(target)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run, jobs))
 
 
 if __name__ == "__main__":

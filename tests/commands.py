@@ -1,4 +1,4 @@
-"""Commands as a user types them, and a project on a tiny model to type them in."""
+"""Commands as a user types them, a project on a tiny model to type them in, and refusals."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import yaml
 
 
@@ -36,6 +37,17 @@ def assert_refused(result: Result, code: int, *parts: str, progress: bool = Fals
     assert all(part in lines[-1] for part in parts), lines[-1]
     assert "Traceback" not in result.err
     assert result.out == ""
+
+
+def refused(call: Callable[[], object], kind: type[Exception], *words: str) -> str:
+    """The message of what a call raises: of this kind, one line, with these words in it."""
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    return message
 
 
 def recipe(folder: Path, task: str, rows: list[dict[str, str]]) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+import torch
 from builders import tiny_llama
 from commands import Result, Run, make_project
+from torch import nn
 
 import multisbora.cli
 import multisbora.commands
@@ -114,3 +116,20 @@ def trained(trained_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     shutil.copytree(trained_once, folder)
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    """The same small net of linear layers in every test."""
+    from layers import Net  # PEFT, which most tests do without
+
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def unsaid() -> None:
+    """What the tuner says once a process is not said yet."""
+    from multisbora.tuner.forms import say_once
+
+    say_once.cache_clear()

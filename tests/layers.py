@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from multisbora.tuner import SboraConfig, SboraLayer
-from multisbora.tuner.layer import Form
+from multisbora.tuner.forms import Form
 
 VARIANTS = ("fa", "fb")
 # Largest error against the fp64 oracle, as a share of the oracle's largest entry: a few roundings of each dtype.

@@ -8,14 +8,13 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from builders import tiny_llama
-from commands import make_project
+from commands import make_project, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import BATCH, ENDED, NOTES, ROWS
@@ -421,12 +420,3 @@ def test_launchers(runs: Path, tmp_path: Path, name: str) -> None:
     alone = runs / "project" / "adapters" / "adding"
     assert found["steps"] == 3 and found["loss"] == metrics(alone)[-1]["loss"]
     assert weights(tmp_path / "adapters" / "adding").keys() == weights(alone).keys()
-
-
-def refused(call: Callable[[], object], kind: type[Exception], *words: str) -> None:
-    with pytest.raises(kind) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message

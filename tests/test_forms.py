@@ -18,21 +18,11 @@ from torch import Tensor, nn
 
 from multisbora.errors import UsageError
 from multisbora.tuner import SboraConfig, SboraLayer
-from multisbora.tuner import layer as layer_module
+
+pytestmark = pytest.mark.usefixtures("unsaid")
 
 INDICES = [1, 2, 5]
 BASE = bits(random_weight())
-
-
-@pytest.fixture
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net()
-
-
-@pytest.fixture(autouse=True)
-def _unsaid() -> None:
-    layer_module._say_once.cache_clear()
 
 
 def trained(base: nn.Module | None = None) -> SboraLayer:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 from builders import tiny_llama
+from commands import refused
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from multisbora import hub
-from multisbora.errors import CheckpointError, MultisboraError, UsageError
+from multisbora.errors import CheckpointError, UsageError
 from multisbora.hub import DEMO_MODEL, WHEELS, Wheel, cache_dir, find_base, find_config
 
 
@@ -39,14 +39,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return questions
-
-
-def refused(call: Callable[[], object], kind: type[MultisboraError], *words: str) -> None:
-    with pytest.raises(kind) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
 
 
 def test_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[Any]) -> None:

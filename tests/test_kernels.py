@@ -7,8 +7,8 @@ import torch
 from layers import FORMS, TOLERANCE, VARIANTS, adapt, bits, config, error, fill, linear, one_hot, random_weight
 from torch import Tensor
 
+from multisbora.tuner.forms import Form
 from multisbora.tuner.kernels import add_columns, add_rows
-from multisbora.tuner.layer import Form
 
 LEADING = {"(in,)": (), "(n, in)": (5,), "(b, t, in)": (2, 3), "(b, h, t, in)": (2, 2, 3)}
 

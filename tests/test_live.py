@@ -36,21 +36,9 @@ from torch import Tensor, nn
 
 from multisbora.errors import UsageError
 from multisbora.tuner import SboraConfig, SboraLayer
-from multisbora.tuner import layer as layer_module
-from multisbora.tuner.layer import Form
+from multisbora.tuner.forms import Form
 
 INDICES = [1, 2, 5]
-
-
-@pytest.fixture
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net()
-
-
-@pytest.fixture(autouse=True)
-def _unsaid() -> None:
-    layer_module._say_once.cache_clear()
 
 
 def trained(variant: str = "fa", *, kind: str = "linear", dtype: torch.dtype = torch.bfloat16) -> SboraLayer:

@@ -17,6 +17,7 @@ import peft.utils.save_and_load
 import pytest
 import torch
 from builders import tiny_gpt2, tiny_llama
+from commands import refused
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
@@ -108,16 +109,6 @@ def weights(folder: Path) -> bytes:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-
-
-def refused(call: Callable[[], object], kind: type[MultisboraError], *words: str) -> str:
-    with pytest.raises(kind) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
-    return message
 
 
 def losses(folder: Path) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from multisbora.adapter import Adapter
 from multisbora.errors import MergeError, UsageError
 from multisbora.tuner import PEFT_TYPE, SboraConfig, SboraLayer
-from multisbora.tuner.layer import Form
+from multisbora.tuner.forms import Form
 
 # --- ranks, scaling, excluded cells, dropout ----------------------------------------------------------------------
 
@@ -51,12 +51,6 @@ def test_scaling(variant: str, rslora: bool, scale: float) -> None:
     fill(layer, "default", values)
     assert layer.scaling == {"default": scale}
     assert torch.equal(layer.get_delta_weight("default"), scale * values)
-
-
-@pytest.fixture
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net()
 
 
 def test_patterns_and_targets(net: Net) -> None:

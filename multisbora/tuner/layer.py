@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -23,67 +19,13 @@ from ..delta import delta, pattern_value, scaling
 from ..errors import MergeError, UsageError
 from ..region import Variant, own_axis
 from .config import SboraConfig
+from .forms import Form, Plan, extras_of, obstacle, say_once
 from .kernels import add_columns, add_rows, through_weight
 from .live import LiveWeight, Part
-
-Form: TypeAlias = Literal["in_place", "gather"]
-
-_PLAIN = (nn.Parameter, FakeTensor)  # a fake one stands for a plain one, where memory is predicted
-_DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PRODUCTS = (nn.Linear.forward, Conv1D.forward)
-_log = logging.getLogger(__name__)
 
 
 def _nothing() -> None:
     return None
-
-
-@cache
-def _say_once(message: str) -> None:
-    _log.warning(message)
-
-
-def _extras(layer: Any) -> tuple[Any, ...]:
-    """What may have been put around a layer's own forward."""
-    own = layer.__dict__
-    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return own.get("forward"), own.get("_hf_hook"), bool(hooked)
-
-
-@dataclass(slots=True)
-class _Plan:
-    """How a layer computes in place, worked out once, and what that was worked out from.
-
-    Attributes:
-        factors: adapter -> (scaling, lambda).
-        drops: whether an adapter has dropout, which is not computed in place.
-        parts: what the base weight is to hold; None where it cannot.
-    """
-
-    active: str | list[str]
-    weight: Any
-    extras: tuple[Any, ...]
-    factors: dict[str, tuple[float, float]]
-    drops: bool
-    parts: list[Part] | None
-
-    def holds(self, layer: SboraLayer) -> bool:
-        base = layer.__dict__["_modules"]["base_layer"]
-        parameters = base._parameters
-        bias = parameters.get("bias")
-        values = layer.__dict__["_modules"]["sbora_values"]._parameters
-        return (
-            parameters.get("weight") is self.weight
-            and not (self.parts and (self.weight.requires_grad or "ds_id" in self.weight.__dict__))
-            and not (self.parts and bias is not None and bias.requires_grad)
-            and _extras(base) == self.extras
-            and layer._active_adapter == self.active
-            and all(values[part.name] is part.values for part in self.parts or ())
-            and all(
-                layer.scaling[name] == scaling and layer.weight_of[name] == weight
-                for name, (scaling, weight) in self.factors.items()
-            )
-        )
 
 
 class SboraLayer(nn.Module, BaseTunerLayer):
@@ -144,7 +86,7 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._merged = LiveWeight()
         self._live = LiveWeight()
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._shared = shared
         self._is_replica = False
         # Weak, or a sharded model's whole weights would stay in memory.
@@ -243,52 +185,20 @@ class SboraLayer(nn.Module, BaseTunerLayer):
             plan = self._plan = self._new_plan()
         return None if self.training and plan.drops else plan.parts
 
-    def _new_plan(self) -> _Plan:
+    def _new_plan(self) -> Plan:
         names = [name for name in self.active_adapters if name in self.sbora_values]
-        obstacle = self._obstacle(names) if names else None
-        if obstacle is not None:
-            _say_once(f"SBoRA uses the gather form where {obstacle}: same results, a few percent slower")
+        reason = obstacle(self, names) if names else None
+        if reason is not None:
+            say_once(f"SBoRA uses the gather form where {reason}: the same up to rounding")
         active: Any = self._active_adapter
-        return _Plan(
+        return Plan(
             active=active if isinstance(active, str) else list(active),
             weight=self.base_layer._parameters.get("weight"),
-            extras=_extras(self.base_layer),
-            factors=self._factors(names),
+            extras=extras_of(self.base_layer),
+            factors={name: (self.scaling[name], self.weight_of[name]) for name in names},
             drops=any(self.dropout[name] for name in names),
-            parts=[self._part(name) for name in names] if obstacle is None else None,
+            parts=[self._part(name) for name in names] if reason is None else None,
         )
-
-    def _factors(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
-        return {name: (self.scaling[name], self.weight_of[name]) for name in names}
-
-    def _obstacle(self, names: Sequence[str]) -> str | None:
-        """Why updates cannot be written into the base weight, if they cannot."""
-        layer = self.base_layer
-        weight: Any = layer._parameters.get("weight")
-        if self.quantization_backend is not None:
-            return "the base weight is quantised"
-        if type(weight) not in _PLAIN or weight.dtype not in _DENSE or weight.ndim != 2:
-            return "the base weight is no plain tensor (sharded, quantised or parametrised)"
-        if weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
-            return "the base layer is trained itself"
-        if self._shared:
-            return "other modules use the base weight too"
-        patched, hook, hooked = _extras(layer)
-        if weight.is_meta or (hook is not None and getattr(hook, "offload", True)):
-            return "the base weight is offloaded"
-        if type(layer).forward not in _PRODUCTS or hooked or (patched is not None and hook is None):
-            return "the base layer does more than a product"
-        if weight.device.type == "cpu" and weight.is_shared():
-            return "other processes use the base weight too"
-        if hasattr(weight, "ds_id") or getattr(weight, "_fsdp_flattened", False) or self._is_replica:
-            return "the base weight is sharded or replicated"
-        if weight is not self._weight_at_injection():
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                return "the base weight is sharded"  # FSDP2 shows a plain parameter while a layer runs
-            self._weight_at_injection = weakref.ref(weight)
-        if weight.is_inference() or any(self.sbora_values[name].is_inference() for name in names):
-            return "tensors were made in inference mode"
-        return None
 
     def _part(self, name: str) -> Part:
         return Part(

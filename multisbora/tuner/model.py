@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UsageError
 from ..quantization import keep_exact, record
 from .config import SboraConfig
-from .layer import Form, SboraLayer
+from .forms import Form
+from .layer import SboraLayer
 
 # Their kernels take the weight of out_proj, and not its output.
 _READ_PAST_FORWARD = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")

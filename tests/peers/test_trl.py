@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from multisbora import SboraConfig
-from multisbora.tuner.layer import Form
+from multisbora.tuner.forms import Form
 
 QUESTIONS = [f"{n} plus one is " for n in range(8)]
 ANSWERS = [str(n + 1) for n in range(8)]
