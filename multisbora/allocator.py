@@ -16,9 +16,10 @@ import numpy.typing as npt
 from .delta import pattern_value
 from .errors import AllocationError, UsageError
 from .geometry import Geometry, Matrix
+from .names import check_name
 from .region import VARIANTS, Region, Variant, draw, own_axis
 from .registry import AXES, DEFAULT_COMPOSITION, Registry
-from .registry.claims import TaskClaims, check_name
+from .registry.claims import TaskClaims
 from .registry.ledger import Ledger
 from .registry.reader import Holding
 from .room import Room, held_on, is_crossed, room, taken_of

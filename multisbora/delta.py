@@ -8,9 +8,10 @@ for both.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import TypeVar
+
+from .patterns import matches_end
 
 Array = TypeVar("Array")
 Value = TypeVar("Value")
@@ -23,7 +24,7 @@ def pattern_value(patterns: Mapping[str, Value], module: str, default: Value) ->
     both match "model.layers.3.self_attn.q_proj".
     """
     for pattern, value in patterns.items():
-        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
+        if matches_end(pattern, module):
             return value
     return default
 

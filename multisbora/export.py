@@ -9,9 +9,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from .adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, AdapterModule
-from .checkpoint import publish
 from .delta import delta
 from .geometry import Geometry, Matrix
+from .publish import publish
 
 
 def export_peft_lora(

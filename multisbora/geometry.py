@@ -1,9 +1,10 @@
 """Which matrices of a base model can be adapted: names, sizes, orientation. From a card or a checkpoint's headers.
 
 Geometry speaks of STORED tensors (design, section 3): a tied tensor is stored once and therefore listed once, GPT-2's
-Conv1D matrices lie transposed on disk, which `orientation` says, and each expert has matrices of its own, although
-transformers fuses them to 3-D tensors in memory. The same model is stored under names with other leading parts here
-and there; `Names` says which names mean one module, and `Geometry.digest` and `Geometry.find` see through that.
+Conv1D matrices lie transposed on disk, which `orientation` says, and each expert has matrices of its own, be they
+stored apart or fused to one 3-D tensor, of which `part` then says the place. The same model is stored under names with
+other leading parts here and there; `Names` says which names mean one module, and `Geometry.digest` and `Geometry.find`
+see through that.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +23,18 @@ from typing import Any
 
 from .cards import EXPERT, LAYER, Card, Orientation, card_text, grouped, read_card
 from .errors import GeometryError, UsageError
-from .header import read_headers
+from .header import Header, TensorInfo, read_headers
+from .untrusted import is_plain, read_json, shown
 
 # Their transformers implementations build every matrix of a block from Conv1D, which stores (in, out).
 CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _ADAPTABLE_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 _SUFFIX = ".weight"
+_MAX_KINDS = 20  # that a message lists
+_MAX_NEAR = 2000  # names to look for a near one among: of all experts of a large mixture it would take seconds
+_FUSED = re.compile(r"(?P<experts>.*\bexperts)\.(?P<kind>(?!weight$|bias$)\w+)")
+# Their checkpoints hold fused experts as (experts, in, out); all others, as transformers itself, as (experts, out, in).
+_FUSED_TRANSPOSED = frozenset({"gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text"})
 _IN_BLOCK = re.compile(r"(?:^|\.)\d+\.")
 _CONTAINER = re.compile(r"(?:^|(?<=\.))[^.]+\.\d+\.")
 # Parts that a class of transformers puts around the same blocks, in one order or another, and PEFT around those.
@@ -92,6 +99,8 @@ class Matrix:
         out_features: output channels, what `fb` claims.
         in_features: input channels, what `fa` claims.
         orientation: "linear" stores (out, in), "conv1d" stores (in, out).
+        part: its index in a stored 3-D tensor of fused experts; None where the tensor is the matrix.
+        parts: how many matrices that tensor holds; 1 where it is the matrix.
     """
 
     module: str
@@ -99,6 +108,8 @@ class Matrix:
     out_features: int
     in_features: int
     orientation: Orientation = "linear"
+    part: int | None = None
+    parts: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -106,9 +117,15 @@ class Matrix:
         return (self.out_features, self.in_features)
 
     @property
-    def stored_shape(self) -> tuple[int, int]:
-        """Shape of the stored tensor."""
-        return self.shape if self.orientation == "linear" else (self.in_features, self.out_features)
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the stored tensor: of two axes, or of three where experts are fused."""
+        shape = self.shape if self.orientation == "linear" else (self.in_features, self.out_features)
+        return shape if self.part is None else (self.parts, *shape)
+
+    @property
+    def cells_name(self) -> str:
+        """What the cells of this matrix are called in files: the stored tensor, with the part's index if it has one."""
+        return self.tensor if self.part is None else f"{self.tensor}[{self.part}]"
 
     @property
     def kind(self) -> str:
@@ -172,6 +189,12 @@ class Geometry:
         """The distinct kinds, in the order of the layers: ("down_proj", "gate_proj", ...)."""
         return tuple(dict.fromkeys(matrix.kind for matrix in self.matrices))
 
+    def _told_kinds(self) -> str:
+        kinds = self.kinds()
+        return shown(", ".join(kinds[:_MAX_KINDS]), 240) + (
+            f" and {len(kinds) - _MAX_KINDS} more" * (len(kinds) > _MAX_KINDS)
+        )
+
     def select(self, target_modules: str | Sequence[str]) -> tuple[Matrix, ...]:
         """The matrices that `target_modules` names, as PEFT reads it.
 
@@ -201,12 +224,12 @@ class Geometry:
             if idle:
                 raise UsageError(
                     f"target module {', '.join(idle)} matches no matrix of {self.model}: "
-                    f"it has {', '.join(self.kinds())}; or use all-linear"
+                    f"it has {self._told_kinds()}; or use all-linear"
                 )
         if not chosen:
             raise UsageError(
                 f"target_modules {target_modules!r} matches no matrix of {self.model}: "
-                f"it has {', '.join(self.kinds())}; or use all-linear"
+                f"it has {self._told_kinds()}; or use all-linear"
             )
         return chosen
 
@@ -218,8 +241,8 @@ class Geometry:
         """
         found = self._names.find(module)
         if len(found) != 1:
-            near = difflib.get_close_matches(module, self._by_module, n=1)
-            hint = f": did you mean {near[0]}?" if near else f": its kinds are {', '.join(self.kinds())}"
+            near = difflib.get_close_matches(module, list(self._by_module)[:_MAX_NEAR], n=1)
+            hint = f": did you mean {near[0]}?" if near else f": its kinds are {self._told_kinds()}"
             raise GeometryError(f"{self.model} has {'no' if not found else 'more than one'} matrix {module!r}{hint}")
         return self._by_module[found[0]]
 
@@ -289,17 +312,20 @@ def describe(card: Card) -> dict[str, Any]:
     }
 
 
-def from_checkpoint(folder: str | os.PathLike[str]) -> Geometry:
+def from_checkpoint(folder: str | os.PathLike[str], headers: Mapping[Path, Header] | None = None) -> Geometry:
     """Geometry of a checkpoint on disk, from config.json and the headers of its safetensors files alone.
 
     The model is called after its folder. `adaptable` says which of the tensors count.
+
+    Args:
+        headers: what `read_headers` gave for the folder, where it was read already.
 
     Raises:
         CheckpointError: the weights are missing, truncated or corrupt.
         GeometryError: config.json is missing or unreadable, or no matrix can be adapted.
     """
     folder = Path(folder).resolve()
-    headers = read_headers(folder)
+    headers = headers or read_headers(folder)
     model_type = _model_type(folder / "config.json")
     orientation: Orientation = "conv1d" if model_type in CONV1D_MODEL_TYPES else "linear"
     stored = {tensor: info for header in headers.values() for tensor, info in header.tensors.items()}
@@ -312,9 +338,23 @@ def from_checkpoint(folder: str | os.PathLike[str]) -> Geometry:
             continue
         out_features, in_features = info.shape if orientation == "linear" else info.shape[::-1]
         matrices.append(Matrix(tensor.removesuffix(_SUFFIX), tensor, out_features, in_features, orientation))
+    matrices += _fused(stored, model_type)
     if not matrices and other:
         raise GeometryError(f"{folder} is quantised (its matrices are {other}): use the 16-bit checkpoint it came from")
     return Geometry(model=folder.name, model_type=model_type, matrices=tuple(matrices))
+
+
+def _fused(stored: Mapping[str, TensorInfo], model_type: str) -> Iterator[Matrix]:
+    """The matrices of experts that are stored fused, one an expert: "experts.3.down_proj" of "experts.down_proj"."""
+    orientation: Orientation = "conv1d" if model_type in _FUSED_TRANSPOSED else "linear"
+    for tensor, info in stored.items():
+        name = _FUSED.fullmatch(tensor)
+        if name and len(info.shape) == 3 and info.dtype in _ADAPTABLE_DTYPES and _IN_BLOCK.search(tensor):
+            parts, first, second = info.shape
+            sizes = (first, second) if orientation == "linear" else (second, first)
+            for part in range(parts):
+                module = f"{name['experts']}.{part}.{name['kind']}"
+                yield Matrix(module, tensor, *sizes, orientation, part, parts)
 
 
 def _geometry(card: Card) -> Geometry:
@@ -328,13 +368,13 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 def _model_type(config: Path) -> str:
     try:
-        model_type = json.loads(config.read_bytes())["model_type"]
+        model_type = read_json(config)["model_type"]
     except FileNotFoundError:
         raise GeometryError(f"{config} does not exist: a model folder needs it beside its weights") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise GeometryError(f"{config} is unreadable or has no model_type: fetch it again") from None
-    if not isinstance(model_type, str):
-        raise GeometryError(f"{config}: model_type must be text, got {model_type!r}")
+    if not isinstance(model_type, str) or not is_plain(model_type, 100):
+        raise GeometryError(f"{config}: model_type must be a short text, got {shown(model_type)}")
     return model_type
 
 

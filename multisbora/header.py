@@ -6,18 +6,18 @@ read here, so a 100 GB checkpoint costs a few megabytes.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .errors import CheckpointError
+from .untrusted import MAX_JSON_BYTES, is_plain, open_file, parse_json, read_json, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors format itself sets
+# The format allows 100 MB. No model has so many tensors in one file, and parsed it would take a gigabyte of memory.
+MAX_HEADER_BYTES = MAX_JSON_BYTES
+MAX_NAME = 512  # characters
 DTYPE_BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -42,6 +42,8 @@ DTYPE_BITS = {
     "F64": 64,
     "C64": 64,
 }
+_MAX_FILE_NAME = 255  # bytes, of every file system in use
+_MAX_AXES = 32  # what every version of numpy can hold
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
 
 
@@ -78,22 +80,25 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and check the header of one safetensors file.
 
     Checked: the header's length, unique names, known dtypes, each tensor's bytes against its shape, and that the
-    tensors fill the rest of the file from its first to its last byte without a gap.
+    tensors fill the rest of the file from its first to its last byte without a gap. Names of tensors are printable and
+    of at most `MAX_NAME` characters, so that whoever speaks of them later need not escape them.
 
     Raises:
         CheckpointError: the file is missing, truncated, or not a valid safetensors file.
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > size - 8:
                 raise _corrupt(path, f"it ends inside its header ({size} bytes)")
             if length > MAX_HEADER_BYTES:
-                raise _corrupt(path, f"its header claims {length} bytes, above the format's {MAX_HEADER_BYTES}")
+                raise _corrupt(path, f"its header claims {length} bytes, {MAX_HEADER_BYTES} are the most that is read")
             raw = file.read(length)
+            if len(raw) < length:
+                raise _corrupt(path, f"it ends inside its header ({size} bytes)")
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: check the path, or fetch the model again") from None
     except OSError as error:
@@ -154,21 +159,23 @@ def read_headers(folder: str | os.PathLike[str]) -> dict[Path, Header]:
     if folder / SINGLE_FILE not in headers:
         for name, file in _weight_map(folder / INDEX_FILE).items():
             if where.get(name) != folder / file:
-                raise CheckpointError(f"{folder}: {INDEX_FILE} says that {name} is in {file}, but it is not")
+                raise CheckpointError(f"{folder}: {INDEX_FILE} says that {shown(name)} is in {file}, but it is not")
     return headers
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        content = json.loads(index.read_bytes())
-        weight_map = content["weight_map"]
-        pairs = list(weight_map.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{index} is not a readable safetensors index: fetch it again") from None
+        pairs = list(read_json(index)["weight_map"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f" ({error})" if type(error) is ValueError else ""
+        raise CheckpointError(f"{index} is not a readable safetensors index{why}: fetch it again") from None
     for name, file in pairs:
         # A shard named "../x" would let an index read and, in a merge, write outside its folder.
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: {name} is in {file!r}, which is no .safetensors file of this folder")
+        inside = isinstance(file, str) and is_plain(file, _MAX_FILE_NAME) and Path(file).name == file
+        if not inside or len(file.encode()) > _MAX_FILE_NAME or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index}: {shown(name)} is in {shown(file)!r}, which is no .safetensors file of this folder"
+            )
     if not pairs:
         raise CheckpointError(f"{index} lists no tensors: fetch it again")
     return dict(pairs)
@@ -178,21 +185,13 @@ def _corrupt(path: Path, why: str) -> CheckpointError:
     return CheckpointError(f"{path} is truncated or corrupt: {why}; fetch or write it again")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice in its header")
-    return found
-
-
 def _parse(path: Path, raw: bytes, data_start: int, data_bytes: int) -> Header:
-    try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        why = str(error) if "twice" in str(error) else "its header is not JSON"
-        raise _corrupt(path, why) from None
-    if not isinstance(content, dict):
+    if not raw.startswith(b"{"):  # the format allows no space before it
         raise _corrupt(path, "its header is not a JSON object")
+    try:
+        content = parse_json(raw)
+    except ValueError as error:
+        raise _corrupt(path, f"its header cannot be read, {error}") from None
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _corrupt(path, "its __metadata__ is not text to text")
@@ -209,18 +208,33 @@ def _parse(path: Path, raw: bytes, data_start: int, data_bytes: int) -> Header:
 
 
 def _tensor(path: Path, name: str, entry: object) -> TensorInfo:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _corrupt(path, f"{name} has no dtype, shape and data_offsets")
+    if not is_plain(name, MAX_NAME):
+        raise _corrupt(
+            path, f"{shown(name)!r} is no name of a tensor: one is printable and has 1 to {MAX_NAME} characters"
+        )
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _corrupt(path, f"{shown(name)} has no dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _corrupt(path, f"{name} has the unknown dtype {str(dtype)[:40]!r}")
+        raise _corrupt(path, f"{shown(name)} has the unknown dtype {shown(dtype)!r}")
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
-        raise _corrupt(path, f"{name} has an impossible shape or impossible offsets")
-    bits = math.prod(shape) * DTYPE_BITS[dtype]
+        raise _corrupt(path, f"{shown(name)} has an impossible shape or impossible offsets")
+    bits = _bits(shape, DTYPE_BITS[dtype])
     if bits != 8 * (offsets[1] - offsets[0]):
-        raise _corrupt(path, f"{name} of shape {shape} and dtype {dtype} cannot have {offsets[1] - offsets[0]} bytes")
+        size = offsets[1] - offsets[0]
+        raise _corrupt(path, f"{shown(name)} of shape {shown(shape)} and dtype {dtype} cannot have {size} bytes")
     return TensorInfo(dtype=dtype, shape=tuple(shape), start=offsets[0], end=offsets[1])
 
 
 def _counts(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _bits(shape: list[int], each: int) -> int | None:
+    """Bits of a tensor; None if no array can have its shape: too many axes, or too large ones, be it beside a 0."""
+    if len(shape) > _MAX_AXES:
+        return None
+    bits = each
+    for size in shape:
+        bits *= max(size, 1)
+    return None if bits >= 1 << 63 else 0 if 0 in shape else bits

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import publish
 from .errors import CheckpointError, UsageError
 from .header import read_headers
+from .publish import publish
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SECOND_COPY = ["consolidated*", "original/*"]  # the same weights once more, in another layout

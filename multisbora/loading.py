@@ -15,10 +15,11 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .adapter import CONFIG_FILE, Adapter
-from .checkpoint import RECEIPT_FILE, Checkpoint, fingerprint
+from .checkpoint import RECEIPT_FILE, Checkpoint
 from .errors import AdapterError, CheckpointError, UsageError
 from .geometry import from_checkpoint
 from .quantization import describe, loading_options, one_thread, prepare
+from .stream import fingerprint
 from .tuner import SboraLayer
 from .view import Kind, Quantization, choose_view
 

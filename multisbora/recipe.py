@@ -128,6 +128,7 @@ class Recipe(Strict):
     Attributes:
         dev: rows of their own to watch a run by, its loss on what it does not learn.
         dev_size: in place of `dev`, training rows to hold out for that: a share below 1, or a number of rows.
+        whole_modules: what a merge does with modules of its adapter that were trained whole, see `merge`.
     """
 
     name: str
@@ -140,6 +141,7 @@ class Recipe(Strict):
     dev_size: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     training: Training = Training()
     eval: Evaluation
+    whole_modules: Literal["refuse", "keep", "average"] = "refuse"
 
     @model_validator(mode="after")
     def _prompt_has_fields(self) -> Recipe:

@@ -20,17 +20,18 @@ from transformers.training_args import OptimizerNames
 
 from .adapter import WEIGHTS_FILE
 from .attention import use_flash_attention, use_packed_attention
-from .checkpoint import check_output, fingerprint, publish
 from .dataset import Encoded, Example, Row, check_examples, check_length, encode, load_rows, overlap, packs, split
 from .distributed import Processes, hush
 from .errors import DataError, TrainingError, UsageError
 from .geometry import Geometry, from_checkpoint
 from .loading import load_base, load_config, load_tokenizer
+from .publish import check_output, publish
 from .quantization import record, widen
 from .recipe import Recipe
 from .registry.claims import TaskClaims
 from .run import METRICS_FILE, enter_run, hold_run, keep_machine, remove_run
 from .sharding import whole_adapter
+from .stream import fingerprint
 from .trainer import TaskTrainer, checkpoint_files
 from .tuner import SboraConfig
 

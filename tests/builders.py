@@ -140,6 +140,12 @@ def write_adapter(
     return folder
 
 
+def tree(folder: str | Path) -> dict[str, bytes]:
+    """Every file of a folder and of those in it: path inside of it -> content."""
+    files = (path for path in Path(folder).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
 def edit_json(path: str | Path, **changes: Any) -> None:
     """Change top-level keys of a JSON file."""
     content = json.loads(Path(path).read_text(encoding="utf-8"))

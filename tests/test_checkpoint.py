@@ -1,28 +1,20 @@
-"""Reading, patching, copying and publishing model files."""
+"""Reading and copying model files."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import resource
-import shutil
-import signal
-import subprocess
-import sys
+import math
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
 import pytest
 import torch
 from builders import tiny_gpt2, tiny_llama
+from commands import refused
 from safetensors.torch import load_file, save_file
 
-from multisbora import checkpoint as module
-from multisbora.checkpoint import Checkpoint, copy_file, copy_patched, fingerprint, publish
+from multisbora.cells import PATCHABLE, Place
+from multisbora.checkpoint import Checkpoint, FileDigest, copy_file
 from multisbora.errors import CheckpointError
-from multisbora.geometry import from_checkpoint
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
@@ -53,63 +45,6 @@ def test_other_float_dtypes_are_refused(tmp_path: Path) -> None:
         Checkpoint.open(base).tensor("lm_head.weight")
 
 
-def test_the_fingerprint_is_of_the_adaptable_tensors_alone(tmp_path: Path) -> None:
-    base = tiny_llama(tmp_path / "base")
-    geometry = from_checkpoint(base)
-    mark = fingerprint(base, geometry)
-    assert len(mark) == 64
-    assert fingerprint(tiny_llama(tmp_path / "sharded", shards=3), geometry) == mark
-    assert fingerprint(tiny_llama(tmp_path / "seed", seed=1), geometry) != mark
-    assert fingerprint(tiny_llama(tmp_path / "float", dtype="float16"), geometry) != mark
-    (base / "tokenizer.json").write_text("{}")
-    state = load_file(base / "model.safetensors")
-    state["model.embed_tokens.weight"][0, 0] += 1
-    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
-    assert fingerprint(base, geometry) == mark
-    state[Q][0, 0] += 1
-    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
-    assert fingerprint(base, geometry) != mark
-
-
-def test_the_fingerprint_is_what_its_docstring_says(tmp_path: Path) -> None:
-    base = tiny_gpt2(tmp_path / "base")
-    geometry, state = from_checkpoint(base), load_file(base / "model.safetensors")
-    whole = hashlib.sha256()
-    for matrix in sorted(geometry.matrices, key=lambda m: m.tensor):
-        inner = hashlib.sha256(state[matrix.tensor].numpy().tobytes()).hexdigest()
-        rows, columns = matrix.in_features, matrix.out_features
-        whole.update(f'["{matrix.tensor}","F32",[{rows},{columns}],"{inner}"]\n'.encode())
-    assert fingerprint(base, geometry) == whole.hexdigest()
-
-
-def test_a_fingerprint_of_another_model_is_refused(tmp_path: Path) -> None:
-    geometry = from_checkpoint(tiny_llama(tmp_path / "base"))
-    with pytest.raises(CheckpointError, match="another model"):
-        fingerprint(tiny_llama(tmp_path / "wide", intermediate_size=64), geometry)
-    with pytest.raises(CheckpointError, match="holds no tensor"):
-        fingerprint(tiny_gpt2(tmp_path / "gpt2"), geometry)
-
-
-def test_a_patched_copy_differs_in_the_patched_tensor_alone(tmp_path: Path) -> None:
-    base = tiny_llama(tmp_path / "base")
-    source, target = base / "model.safetensors", tmp_path / "copy.safetensors"
-    header = Checkpoint.open(base).headers[source]
-
-    def patch(array: np.ndarray) -> None:
-        assert array.dtype == ml_dtypes.bfloat16
-        array[3, 5] = 7
-
-    digest = copy_patched(source, target, header, {Q: patch})
-    assert digest.sha256 == hashlib.sha256(target.read_bytes()).hexdigest()
-    assert digest.size == source.stat().st_size
-    old, new = source.read_bytes(), target.read_bytes()
-    place = header.data_start + header.tensors[Q].start + 2 * (3 * 32 + 5)
-    assert [i for i in range(len(old)) if old[i] != new[i]] == [i for i in (place, place + 1) if old[i] != new[i]]
-    assert load_file(target)[Q][3, 5] == 7
-    assert copy_patched(source, tmp_path / "same", header, {}) == copy_file(source, tmp_path / "same2")
-    assert (tmp_path / "same").read_bytes() == old
-
-
 def test_companions_are_the_model_and_nothing_else(tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base")
     wanted = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -138,110 +73,39 @@ def test_linked_files_are_copied_as_files(tmp_path: Path) -> None:
     assert (tmp_path / "copy").read_text() == "content"
 
 
-def test_publish_shows_all_or_nothing(tmp_path: Path) -> None:
-    output = tmp_path / "deep" / "er" / "out"
-    with publish(output) as partial:
-        (partial / "a").write_text("a")
-        assert not output.exists()
-        assert partial.parent == output.parent
-    assert (output / "a").read_text() == "a"
-    assert [path.name for path in output.parent.iterdir()] == ["out"]
-    with pytest.raises(KeyboardInterrupt), publish(tmp_path / "other") as partial:
-        (partial / "a").write_text("a")
-        raise KeyboardInterrupt
-    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+def test_a_place_is_rows_of_values(tmp_path: Path) -> None:
+    base = tiny_gpt2(tmp_path / "base", dtype="float16")
+    state = load_file(base / "model.safetensors")
+    state["experts"] = torch.randn(3, 4, 5)
+    state["scalar"] = torch.tensor(2.0)
+    save_file(state, base / "model.safetensors")
+    checkpoint, raw = Checkpoint.open(base), (base / "model.safetensors").read_bytes()
+    for name, tensor in state.items():
+        place = checkpoint.place(name)
+        columns = tensor.shape[-1] if tensor.ndim else 1
+        dtype = PATCHABLE["F32" if name in ("experts", "scalar") else "F16"]
+        assert place == Place(place.offset, math.prod(tensor.shape[:-1]), columns, dtype)
+        size = place.rows * place.row_bytes
+        assert raw[place.offset : place.offset + size] == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert checkpoint.tensor(name).shape == tuple(tensor.shape)
 
 
-def test_publish_has_the_rights_of_an_ordinary_folder(tmp_path: Path) -> None:
-    (tmp_path / "ordinary").mkdir()
-    with publish(tmp_path / "out"):
-        pass
-    assert (tmp_path / "out").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+def test_a_file_is_copied_with_its_digest(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 40_000
+    (tmp_path / "a").write_bytes(data)
+    assert copy_file(tmp_path / "a", tmp_path / "b") == FileDigest(hashlib.sha256(data).hexdigest(), len(data))
+    assert (tmp_path / "b").read_bytes() == data
+    with pytest.raises(FileExistsError):
+        copy_file(tmp_path / "a", tmp_path / "b")
+    refused(lambda: copy_file(tmp_path / "gone", tmp_path / "c"), CheckpointError, "gone cannot be read: No such file")
 
 
-def test_publish_takes_an_empty_folder_and_no_other(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with publish(tmp_path / "empty") as partial:
-        (partial / "a").write_text("new")
-    (tmp_path / "file").write_text("")
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name in ("empty", "file", "link"):
-        with pytest.raises(CheckpointError, match="exists and is not an empty folder"), publish(tmp_path / name):
-            pytest.fail("the block must not run")
-    assert (tmp_path / "empty" / "a").read_text() == "new"
-    with pytest.raises(CheckpointError, match="exists and is not"), publish(tmp_path / "late"):
-        (tmp_path / "late").mkdir()
-        (tmp_path / "late" / "theirs").write_text("")
-    assert [path.name for path in (tmp_path / "late").iterdir()] == ["theirs"]
-    with pytest.raises(CheckpointError, match="was not written"), publish(tmp_path / "file" / "below"):
-        pytest.fail("the block must not run")
-
-
-def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    message = r"out of disk space for .*it needs .* GB"
-    with pytest.raises(CheckpointError, match=message), publish(tmp_path / "out", needed=1 << 60):
-        pytest.fail("the block must not run")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, number: int) -> None:
-    message = r"out of disk space while writing .*out: nothing was kept"
-    with pytest.raises(CheckpointError, match=message), publish(tmp_path / "out") as partial:
-        (partial / "a").write_text("half")
-        raise OSError(number, os.strerror(number))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_write_that_really_fails_leaves_nothing(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.write_bytes(bytes(100_000))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match="out of disk space"), publish(tmp_path / "out") as partial:
-            copy_file(source, partial / "copy")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_a_read_that_fails_is_not_called_a_write(tmp_path: Path) -> None:
-    with (
-        pytest.raises(CheckpointError, match="gone cannot be read: No such file"),
-        publish(tmp_path / "out") as partial,
-    ):
-        copy_file(tmp_path / "gone", partial / "copy")
-
-
-def test_a_file_that_shrinks_while_it_is_copied_is_noticed(tmp_path: Path) -> None:
+def test_chat_templates_belong_to_the_tokenizer(tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base")
-    source = base / "model.safetensors"
-    header = Checkpoint.open(base).headers[source]
-    os.truncate(source, source.stat().st_size - 100)
-    with pytest.raises(CheckpointError, match="ended while it was read"):
-        copy_patched(source, tmp_path / "copy", header, {})
-
-
-def test_what_a_killed_process_left_is_swept_and_a_living_one_is_not(tmp_path: Path) -> None:
-    script = (
-        "import os, signal, sys\nfrom multisbora.checkpoint import publish\n"
-        "with publish(sys.argv[1]) as partial:\n    (partial / 'half').write_text('x')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "out"], env=environment, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    [dead] = tmp_path.iterdir()
-    assert dead.name.startswith(".out.")
-    with publish(tmp_path / "out") as first:
-        assert not dead.exists()
-        with publish(tmp_path / "other"):
-            assert first.exists()
-        with pytest.raises(CheckpointError, match="exists"), publish(tmp_path / "out") as second:
-            assert first.exists()
-            (second / "a").write_text("")
-            shutil.copytree(second, tmp_path / "out")
-        shutil.rmtree(tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+    (base / "additional_chat_templates").mkdir()
+    for name in ("tool.jinja", "notes.txt"):
+        (base / "additional_chat_templates" / name).write_text(name)
+    checkpoint = Checkpoint.open(base)
+    names = [checkpoint.name(path) for path in checkpoint.companions()]
+    assert "additional_chat_templates/tool.jinja" in names
+    assert not any("notes" in name for name in names)

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from multisbora.errors import UsageError
+from multisbora.names import check_name
 from multisbora.region import Region
-from multisbora.registry.claims import TaskClaims, check_name
+from multisbora.registry.claims import TaskClaims
 
 
 def test_the_digest_covers_what_is_held() -> None:

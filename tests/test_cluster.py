@@ -284,7 +284,7 @@ def test_a_registry_with_a_task_called_as_the_run_of_another(
         "neither .run nor .log",
     )
     with monkeypatch.context() as before:
-        before.setattr("multisbora.registry.claims._BESIDE_ADAPTERS", ())
+        before.setattr("multisbora.names._BESIDE_ADAPTERS", ())
         assert run("registry", "rename", "--task", "doubling", "--to", "adding.run").code == 0
     (trained / "adapters" / "adding").rename(trained / "elsewhere")
     files = {path.name: path.read_bytes() for path in (trained / "adapters" / "adding.run").iterdir()}

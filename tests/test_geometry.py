@@ -146,6 +146,10 @@ def test_select_reads_targets_as_peft_does() -> None:
             geometry.select(nothing)
     with pytest.raises(UsageError, match="no regular expression"):
         geometry.select("(")
+    many = named(*(f"model.layers.0.kind{number:03d}" for number in range(1000)))
+    with pytest.raises(UsageError, match=r"it has kind000, .* and 980 more") as caught:
+        many.select("nothing")
+    assert len(str(caught.value)) < 500
 
 
 def test_all_linear_leaves_experts_out_and_names_select_them() -> None:
@@ -213,6 +217,28 @@ def test_a_checkpoint_has_only_matrices_of_numbered_blocks(tmp_path: Path) -> No
     ]
     assert geometry.model == "mine" and geometry.model_type == "llama"
     assert {matrix.shape for matrix in geometry.matrices} == {(6, 4)}
+
+
+@pytest.mark.parametrize(("model_type", "orientation"), [("mixtral", "linear"), ("llama4_text", "conv1d")])
+def test_experts_that_are_stored_fused_are_a_matrix_each(tmp_path: Path, model_type: str, orientation: str) -> None:
+    """transformers itself stores (experts, out, in); Llama 4, gpt-oss and Qwen3-VL have it the other way round."""
+    shape = (3, 8, 4) if orientation == "linear" else (3, 4, 8)
+    tensors = {
+        "model.layers.1.mlp.experts.gate_up_proj": np.zeros(shape, np.float32),
+        "model.layers.1.mlp.experts.gate_up_proj_bias": np.zeros((3, 8), np.float32),
+        "model.layers.1.mlp.gate.weight": np.zeros((3, 4), np.float32),
+        "model.layers.1.self_attn.q_proj.weight": np.zeros((4, 4), np.float32),
+    }
+    geometry = from_checkpoint(write_checkpoint(tmp_path / "mine", tensors, model_type))
+    fused = [matrix for matrix in geometry.matrices if matrix.is_expert]
+    assert [(m.module, m.part, m.parts) for m in fused] == [
+        (f"model.layers.1.mlp.experts.{expert}.gate_up_proj", expert, 3) for expert in range(3)
+    ]
+    assert {(m.tensor, m.shape, m.stored_shape, m.orientation) for m in fused} == {
+        ("model.layers.1.mlp.experts.gate_up_proj", (8, 4), shape, orientation)
+    }
+    assert fused[2].cells_name == "model.layers.1.mlp.experts.gate_up_proj[2]"
+    assert all(not matrix.is_expert for matrix in geometry.select("all-linear"))
 
 
 def test_a_hub_checkpoint_and_its_resaved_copy_are_one_geometry(tmp_path: Path) -> None:

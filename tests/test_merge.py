@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
-import filecmp
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,20 +19,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import draw_regions, edit_json, tiny_gpt2, tiny_llama, write_adapter
+from builders import draw_regions, edit_json, tiny_gpt2, tiny_llama, tree, write_adapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import multisbora.checkpoint
+import multisbora.cells
+import multisbora.publish
 from multisbora.adapter import Adapter
-from multisbora.checkpoint import fingerprint
 from multisbora.errors import AdapterError, CheckpointError, GeometryError, MergeError, MultisboraError, UsageError
 from multisbora.geometry import Geometry, from_checkpoint
 from multisbora.loading import load_model
 from multisbora.merge import merge
 from multisbora.receipt import Receipt
+from multisbora.stream import fingerprint
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -86,10 +88,7 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same_files(one: Path, two: Path) -> bool:
-    names = sorted(path.name for path in one.iterdir())
-    return names == sorted(path.name for path in two.iterdir()) and not any(
-        filecmp.cmpfiles(one, two, names, False)[1:]
-    )
+    return tree(one) == tree(two)
 
 
 def dense(base: Path, adapters: list[Path], weights: dict[str, float]) -> dict[str, torch.Tensor]:
@@ -143,10 +142,53 @@ def test_equals_a_dense_one_hot_oracle_and_touches_nothing_else(
     changed = sum(int((expected[name] != before[name]).sum()) for name in before)
     assert receipt.cells_changed == changed
     made = {path.name for path in (tmp_path / "out").iterdir()}
-    assert made == {path.name for path in base.iterdir()} | {"README.md", "multisbora_receipt.json"}
+    assert made == {path.name for path in base.iterdir()} | {"README.md", "multisbora_receipt.json", "multisbora_undo"}
     for path in base.iterdir():
         if not path.name.endswith(".safetensors"):
             assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_lambdas_by_matrix(base: Path, tasks: dict[str, Path], tmp_path: Path) -> None:
+    """Merging with patterns is merging each set of matrices with its own number, and taking them together."""
+    weight = {"default": 0.5, "layers.0.*": 2.0, "q_proj": -1.0}
+    merge(base, [tasks["math"], tasks["chat"]], {"math": weight}, output=tmp_path / "out")
+    found = state(tmp_path / "out")
+    oracles = {value: dense(base, [tasks["math"], tasks["chat"]], {"math": value}) for value in (0.5, 2.0, -1.0)}
+    for name, tensor in found.items():
+        value = 2.0 if ".layers.0." in name else -1.0 if "q_proj" in name else 0.5
+        assert torch.equal(tensor, oracles[value][name]), name
+    told = Receipt.read(tmp_path / "out").tasks["math"]
+    assert told.weight.to_json() == weight
+    assert told.regions[Q].weight == 2.0
+    assert told.regions[Q.replace("layers.0", "layers.1")].weight == -1.0
+
+
+@pytest.mark.parametrize(("model_type", "transposed"), [("mixtral", False), ("gpt_oss", True)])
+@pytest.mark.parametrize("variant", ["fa", "fb"])
+def test_experts_in_one_tensor(tmp_path: Path, model_type: str, transposed: bool, variant: str) -> None:
+    """Two of three experts change, each in its own cells of the stored 3-D tensor."""
+    shape = (3, 8, 6) if transposed else (3, 6, 8)
+    tensor, plain = "model.layers.0.mlp.experts.down_proj", "model.layers.0.self_attn.q_proj.weight"
+    before = {tensor: torch.randn(shape).bfloat16(), plain: torch.randn(4, 4).bfloat16()}
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(before, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps({"model_type": model_type}))
+    module = "model.layers.0.mlp.experts.{}.down_proj"
+    indices = {module.format(0): [1, 4], module.format(2): [0, 5]}
+    adapter = write_adapter(tmp_path / "a", from_checkpoint(base), "a", variant=variant, indices=indices)
+    merge(base, [adapter], output=tmp_path / "out", allow_base_mismatch=True)
+    expected = before[tensor].float()
+    for part in (0, 2):
+        values = torch.tensor(Adapter.read(adapter).modules[module.format(part)].values)
+        expert = expected[part].T if transposed else expected[part]  # (out, in), a view
+        own = indices[module.format(part)]
+        expert[(slice(None), own) if variant == "fa" else own] += 4 * values  # alpha 8 for 2 indices
+    found = state(tmp_path / "out")
+    assert torch.equal(found[tensor], expected.bfloat16())
+    assert torch.equal(found[plain], before[plain])
+    assert not torch.equal(found[tensor], before[tensor])
+    assert torch.equal(found[tensor][1], before[tensor][1])
 
 
 def test_module_names_may_have_other_leading_parts(tmp_path: Path) -> None:
@@ -246,9 +288,13 @@ def test_the_receipt_says_what_was_merged(base: Path, tasks: dict[str, Path], tm
     assert {task: entry["weight"] for task, entry in content["tasks"].items()} == {"math": 0.5, "chat": 1, "code": 1}
     module = Adapter.read(tasks["code"]).modules[Q]
     told = content["tasks"]["code"]["regions"][Q]
-    assert told == {"indices": list(module.region.indices), "excluded": list(module.region.excluded), "scaling": 2.0}
+    wanted = {"indices": list(module.region.indices), "excluded": list(module.region.excluded), "scaling": 2.0}
+    assert wanted.items() <= told.items()
+    assert told["weight"] == 1
     assert told["excluded"]
-    assert set(content["files"]) == {path.name for path in (tmp_path / "out").iterdir()} - {"multisbora_receipt.json"}
+    told = {*content["files"], *content["weights"], "multisbora_receipt.json", "multisbora_undo"}
+    assert told == {path.name for path in (tmp_path / "out").iterdir()}
+    assert set(tree(tmp_path / "out" / "multisbora_undo")) == {f"{t}.safetensors" for t in ("math", "chat", "code")}
     assert receipt.cells_owned == sum(task.cells for task in receipt.tasks.values())
     assert 0 < receipt.cells_changed <= receipt.cells_owned  # type: ignore[operator]
     again = replace(receipt, scores={"math": {"score": 0.5}})
@@ -440,6 +486,53 @@ def test_a_damaged_base_is_refused(
     refused(kind, message, base, [adapter], allow_base_mismatch=True)
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_base_that_the_disk_does_not_give_is_not_taken_for_the_output(
+    base: Path, tasks: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool
+) -> None:
+    def fail(*arguments: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(multisbora.cells.os, "preadv", fail)
+    with pytest.raises(CheckpointError, match=rf"^{base}/model.*safetensors cannot be read: Input/output error"):
+        merge(base, [tasks["math"]], output=tmp_path / "out", dry_run=dry_run)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_no_receipt_could_tell_is_refused_first(base: Path, tasks: dict[str, Path], tmp_path: Path) -> None:
+    """A receipt that is written must be one that is read."""
+    edited = tmp_path / "adapter"
+    shutil.copytree(tasks["math"], edited)
+    edit_json(edited / "adapter_config.json", composition="x" * 600)
+    refused(MergeError, r"no receipt can tell of this merge \(tasks.math.composition", base, [edited])
+    odd = tmp_path / "base"
+    shutil.copytree(base, odd)
+    (odd / "a\\b.txt").write_text("x")
+    refused(MergeError, r"no receipt can tell of this merge \(files\.", odd, [tasks["math"]])
+    refused(MergeError, "no receipt can tell", base, [tasks["math"]], {"math": {"q_proj|" * 100 + "v_proj": 0.5}})
+    for size in (0, -1, 1.5, True):
+        refused(UsageError, "is no number of bytes", base, [tasks["math"]], max_shard_size=size)
+
+
+def test_a_merged_checkpoint_is_a_base_too(base: Path, tasks: dict[str, Path], tmp_path: Path) -> None:
+    merge(base, [tasks["math"]], output=tmp_path / "one")
+    (tmp_path / "one").chmod(0o555)
+    receipt = merge(tmp_path / "one", [tasks["chat"]], output=tmp_path / "two", allow_base_mismatch=True)
+    assert_equal(state(tmp_path / "two"), dense(base, [tasks["math"], tasks["chat"]], {}))
+    assert Receipt.read(tmp_path / "two") == receipt
+    assert not receipt.base_checked and list(receipt.tasks) == ["chat"]
+    assert {path.name for path in (tmp_path / "two" / "multisbora_undo").iterdir()} == {"chat.safetensors"}
+
+
+def test_the_card_keeps_the_bars_of_a_pattern_out_of_its_table(
+    base: Path, tasks: dict[str, Path], tmp_path: Path
+) -> None:
+    merge(base, [tasks["math"]], {"math": {"q_proj|v_proj": 0.5}}, output=tmp_path / "out")
+    (row,) = (line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if line.startswith("| math |"))
+    assert r"q_proj\|v_proj 0.5" in row
+    assert len(re.split(r"(?<!\\)\|", row)) == 8
+
+
 def test_a_base_of_another_dtype_is_refused(tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base")
     save_file({name: tensor.double() for name, tensor in state(base).items()}, base / "model.safetensors")
@@ -468,30 +561,31 @@ def test_a_disk_that_fills_up_leaves_nothing(
         if written > files:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(multisbora.checkpoint.os, "fsync", sync)
+    monkeypatch.setattr(multisbora.publish.os, "fsync", sync)
     with pytest.raises(CheckpointError, match="out of disk space while writing"):
         merge(base, [tasks["math"]], output=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("moment", ["copy_patched", "copy_file", "_sync", "_sync_folder"])
+@pytest.mark.parametrize("moment", ["write_all", "copy_file", "_sync", "sync_folder"])
 def test_a_killed_merge_leaves_nothing_to_see_and_nothing_in_the_way(
     base: Path, tasks: dict[str, Path], tmp_path: Path, moment: str
 ) -> None:
     script = f"""
 import os, signal, sys
 import importlib
-checkpoint, merge = (importlib.import_module("multisbora." + name) for name in ("checkpoint", "merge"))
+names = ("publish", "stream", "undo", "merge")
+publish, stream, undo, merge = modules = [importlib.import_module("multisbora." + name) for name in names]
 def die(*args, **options):
-    if {moment!r} == "copy_patched":
-        (args[1].parent / args[1].name).write_bytes(b"half")
+    if {moment!r} == "write_all":
+        os.pwrite(args[0], b"half", args[2])
     os.kill(os.getpid(), signal.SIGKILL)
-for module in (checkpoint, merge):
+for module in modules:
     if hasattr(module, {moment!r}):
         setattr(module, {moment!r}, die)
 merge.merge(sys.argv[1], [sys.argv[2]], output=sys.argv[3])
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(multisbora.checkpoint.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(multisbora.publish.__file__).parents[1])}
     command = [sys.executable, "-c", script, base, tasks["math"], tmp_path / "out"]
     assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
@@ -502,7 +596,7 @@ merge.merge(sys.argv[1], [sys.argv[2]], output=sys.argv[3])
 
 def test_merging_loads_no_torch() -> None:
     script = "import sys, multisbora.merge; sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(Path(multisbora.checkpoint.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(multisbora.publish.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == 0
 
 

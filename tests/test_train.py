@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from multisbora.adapter import Adapter
 from multisbora.allocator import allocate
-from multisbora.checkpoint import fingerprint
 from multisbora.dataset import encode, pack
 from multisbora.errors import CheckpointError, DataError, MultisboraError, TrainingError, UsageError
 from multisbora.geometry import Geometry, from_checkpoint
@@ -32,6 +31,7 @@ from multisbora.recipe import Recipe
 from multisbora.registry import Registry
 from multisbora.registry.claims import TaskClaims
 from multisbora.run import METRICS_FILE, RUN_FILE, hold_run
+from multisbora.stream import fingerprint
 from multisbora.train import TRAINING_FILE, TrainResult, train
 from multisbora.trainer import answer_loss
 
@@ -233,7 +233,7 @@ def test_a_run_that_was_killed_behind_its_adapter(llama: Base, recipe: Any, tmp_
     """The adapter is in place, the run's folder not yet gone: the same call says what it said, another is refused."""
     claims, output = llama.claims["fa"], tmp_path / "a"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module.shutil, "rmtree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(train_module.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(recipe(), llama.folder, claims, output)
     before = weights(output)

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import sqlalchemy as sa
 
 from ..errors import MultisboraError, RegistryError
+from ..names import check_name
 from ..region import VARIANTS, own_axis
-from .claims import check_name
 from .ledger import LARGEST_AXIS, LONGEST, is_text
 from .replay import disagreements
 from .rows import Holder, Rows, Stored, geometry_digests, read, shown

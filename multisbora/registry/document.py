@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
+from ..names import check_name
 from ..region import VARIANTS, Variant, own_axis
-from .claims import Event, check_name
+from .claims import Event
 from .ledger import LARGEST_AXIS, LONGEST, TIME, detail_fault, is_text
 from .rows import shown
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from .claims import MAX_NAME
+from ..names import MAX_NAME
 
 metadata = sa.MetaData()
 

@@ -14,8 +14,9 @@ import sqlalchemy as sa
 
 from ..errors import AllocationError, RegistryError, UsageError
 from ..geometry import Geometry, Matrix
+from ..names import check_name
 from ..region import own_axis
-from .claims import Event, TaskClaims, check_name
+from .claims import Event, TaskClaims
 from .database import Database
 from .ledger import Ledger
 from .reader import Holding, Reader

@@ -1,0 +1,158 @@
+"""Lambdas: how much of each task goes into a composition, as one number a task or one a pattern of its matrices."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .delta import pattern_value
+from .errors import UsageError
+from .patterns import MAX_PATTERNS, check_pattern
+from .settings import load_yaml
+from .untrusted import read_json
+
+DEFAULT = "default"
+Weight = float | Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskWeight:
+    """Lambda of one task in every matrix.
+
+    Attributes:
+        default: lambda where no pattern names the matrix.
+        patterns: (pattern, lambda) in order; the first one that names a matrix decides, as in `delta.pattern_value`.
+    """
+
+    default: float = 1.0
+    patterns: tuple[tuple[str, float], ...] = ()
+
+    def at(self, module: str) -> float:
+        """Lambda in one matrix, by its module's name."""
+        return pattern_value(dict(self.patterns), module, self.default)
+
+    def to_json(self) -> float | dict[str, float]:
+        """A number where there are no patterns; else {"default": lambda, pattern: lambda, ...}."""
+        return {DEFAULT: self.default, **dict(self.patterns)} if self.patterns else self.default
+
+    def __str__(self) -> str:
+        patterns = "".join(f", {pattern} {value:g}" for pattern, value in self.patterns)
+        return f"{self.default:g}{patterns}"
+
+    @classmethod
+    def of(cls, value: object, task: str) -> TaskWeight:
+        """Read what `to_json` gives; a mapping may leave its default out.
+
+        Args:
+            task: what a message calls it.
+
+        Raises:
+            UsageError: it is something else, a lambda is not finite, or a pattern is no regular expression.
+        """
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            return cls(_number(value, f"the weight of {task}"))
+        if len(value) > MAX_PATTERNS:
+            raise UsageError(f"the weight of {task} has {len(value)} patterns, {MAX_PATTERNS} are the most: use fewer")
+        patterns = []
+        for pattern, number in value.items():
+            if not isinstance(pattern, str) or not pattern:
+                raise UsageError(f"the weight of {task} has the key {pattern!r}: use {DEFAULT} or a pattern of modules")
+            try:
+                check_pattern(pattern)
+            except UsageError as error:
+                raise UsageError(f"the weight of {task} in {pattern!r}: {error}") from None
+            if pattern != DEFAULT:
+                patterns.append((pattern, _number(number, f"the weight of {task} in {pattern}")))
+        return cls(_number(value.get(DEFAULT, 1.0), f"the weight of {task}"), tuple(patterns))
+
+
+def resolve(tasks: Iterable[str], given: Mapping[str, Weight | TaskWeight] | None) -> dict[str, TaskWeight]:
+    """The weight of each task, 1 where none is given.
+
+    Raises:
+        UsageError: one is given for a task that is not there, or is not a weight.
+    """
+    names = list(tasks)
+    for task in given or {}:
+        if task not in names:
+            raise UsageError(f"a weight is given for {task!r}, which is not merged: the tasks are {', '.join(names)}")
+    return {name: TaskWeight.of((given or {}).get(name, 1.0), name) for name in names}
+
+
+def require_use(weight: TaskWeight, task: str, modules: Iterable[str]) -> None:
+    """Refuse a pattern that names none of a task's matrices: it would be read and ignored.
+
+    Raises:
+        UsageError: there is one.
+    """
+    names = list(modules)
+    for pattern, _ in weight.patterns:
+        if not any(pattern_value({pattern: True}, name, False) for name in names):
+            kinds = sorted({name.rpartition(".")[2] for name in names})
+            raise UsageError(
+                f"the weight of {task} in {pattern!r} names none of its matrices: their kinds are {', '.join(kinds)}"
+            )
+
+
+def parse_weights(given: Sequence[str]) -> dict[str, TaskWeight]:
+    """Read `--weight` options: TASK=LAMBDA, or TASK:PATTERN=LAMBDA for the matrices that a pattern names.
+
+    Raises:
+        UsageError: one is something else, or is given twice.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for text in given:
+        name, _, number = text.rpartition("=")
+        task, colon, pattern = name.partition(":")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not task or (colon and pattern in ("", DEFAULT)) or not math.isfinite(value):
+            raise UsageError(f"--weight {text!r} is not TASK=LAMBDA or TASK:PATTERN=LAMBDA, for example math=0.8")
+        if (pattern or DEFAULT) in found.setdefault(task, {}):
+            raise UsageError(f"--weight {name} is given twice: give one lambda")
+        found[task][pattern or DEFAULT] = value
+    return {task: TaskWeight.of(values, task) for task, values in found.items()}
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, TaskWeight]:
+    """Read a file of weights, YAML or JSON: `task: lambda`, or `task: {default: lambda, pattern: lambda}`.
+
+    Raises:
+        UsageError: it is missing, unreadable, or something else.
+    """
+    path = Path(path)
+    content = _load_json(path) if path.suffix == ".json" else load_yaml(path)
+    if not isinstance(content, dict) or not content or any(not isinstance(task, str) for task in content):
+        raise UsageError(f"{path} holds no weights: write a line `task: lambda` for each task")
+    try:
+        return {task: TaskWeight.of(value, task) for task, value in content.items()}
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _load_json(path: Path) -> object:
+    """JSON as JSON: to YAML 1.1, what Python writes as 1e-05 is text."""
+    try:
+        content: object = read_json(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}; give a file of weights") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is no valid JSON ({error}): write {{task: lambda}}") from None
+    return content
+
+
+def _number(value: object, what: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise UsageError(f"{what} must be a finite number, got {value!r:.60}")
+    return number
