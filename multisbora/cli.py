@@ -10,15 +10,18 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from .cli_merged import add, apply, diff, merge, remove, reweight, verify
 from .cli_registry import registry_app
 from .cli_train import train
 from .distributed import first_to_fail
-from .errors import MultisboraError, UsageError, VerificationError
+from .errors import MultisboraError, UsageError
 from .terminal import (
+    BaseView,
     Composition,
     DryRun,
     Json,
     Model,
+    Output,
     Rank,
     Set,
     Targets,
@@ -40,16 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(registry_app, name="registry")
-
-Output = Annotated[Path, typer.Option("--output", help="Folder to make.")]
-BaseView = Annotated[
-    str | None,
-    typer.Option(
-        "--base-view",
-        help="Base that adapters are put on: original, or dequantized (quantised as in training and turned back). "
-        "The one they were trained on, if not given.",
-    ),
-]
 
 
 @app.command()
@@ -213,64 +206,8 @@ def release(
 app.command()(train)
 
 
-@app.command()
-def merge(
-    output: Output,
-    tasks: Tasks = None,
-    weight: Annotated[
-        list[str] | None, typer.Option("--weight", metavar="TASK=LAMBDA", help="Weight of one task; 1 if not given.")
-    ] = None,
-    base_view: BaseView = None,
-    composition: Composition = None,
-    allow_base_mismatch: Annotated[
-        bool, typer.Option("--allow-base-mismatch", help="Merge adapters that were trained on another base.")
-    ] = False,
-    as_json: Json = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Compose trained tasks into one plain checkpoint. Without --tasks: all tasks of the composition."""
-    from .commands import merge_tasks
-    from .project import Project
-
-    receipt = merge_tasks(
-        Project.load(composition=composition),
-        split(tasks),
-        _weights(weight or []),
-        output,
-        base_view=base_view,
-        allow_base_mismatch=allow_base_mismatch,
-        dry_run=dry_run,
-        say=say,
-    )
-    rows = [("task", "lambda", "variant", "cells owned", "cells changed")]
-    rows += [
-        (name, t.weight, t.variant, t.cells, "-" if t.cells_changed is None else t.cells_changed)  # type: ignore[misc]
-        for name, t in receipt.tasks.items()
-    ]
-    end = f"would write {output}" if dry_run else f"wrote {output}: prove it with `multisbora verify {output}`"
-    show(receipt.to_json(), as_json, [*table(rows), end])
-
-
-@app.command()
-def verify(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="A merged checkpoint.")],
-    base: Annotated[str | None, typer.Option("--base", help="Base model, if not the project's.")] = None,
-    adapter: Annotated[
-        list[Path] | None, typer.Option("--adapter", help="Adapter folder, if not the project's; once a task.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Prove a merged checkpoint against its base and adapters. Exit code 3 and the first wrong cell if it is wrong."""
-    from .commands import verify_merged
-
-    proof = verify_merged(path, base, adapter, say=say)
-    lines = [
-        f"{proof.tensors} tensors, {proof.cells_changed:,} cells changed, "
-        f"{proof.cells_outside_regions} of them outside the tasks' regions"
-    ]
-    show(proof.to_json(), as_json, [*lines, *([f"{path} is what its base and adapters make it"] if proof.ok else [])])
-    if not proof.ok:
-        raise VerificationError(f"{path} does not hold: {proof.problem}")
+for command in (merge, verify, add, remove, reweight, diff, apply):
+    app.command()(command)
 
 
 @app.command("eval")
@@ -363,17 +300,6 @@ def demo(
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _weights(given: list[str]) -> dict[str, float]:
-    weights = {}
-    for text in given:
-        task, _, number = text.partition("=")
-        try:
-            weights[task] = float(number)
-        except ValueError:
-            raise UsageError(f"--weight {text!r} is not TASK=LAMBDA, for example math=0.8") from None
-    return weights
 
 
 def main() -> NoReturn:

@@ -6,33 +6,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter
 from .allocator import DEFAULT_TARGETS, allocate, matrix_ranks
-from .checkpoint import RECEIPT_FILE, check_output
 from .distributed import is_first
-from .errors import AdapterError, AllocationError, RegistryError, UsageError, VerificationError
+from .errors import AdapterError, AllocationError, CheckpointError, RegistryError, UsageError
+from .journal import editing, reading
 from .lifecycle import existing, required, resolve_targets
 from .memory import Peak, find_config, predict_peak
 from .ownership import Ownership, ownership
 from .plan import METHODS, Plan, plan
 from .project import PROJECT_FILE, Project
+from .publish import check_output
 from .recipe import Recipe, load
 from .registry import Registry
-from .registry.replay import digests
 from .room import Room, find_rooms, room
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
-    from .receipt import Receipt
     from .registry.claims import TaskClaims
     from .train import TrainResult
-    from .verify import Proof
 
 Say = Callable[[str], None]
 
@@ -246,19 +243,20 @@ def train_task(
             registry.mark(claims, "training")
         on_start()
 
-    found = train(
-        recipe,
-        base,
-        claims,
-        output,
-        alpha=project.alpha,
-        use_rslora=project.use_rslora,
-        geometry=project.base_geometry(base),
-        deepspeed=deepspeed,
-        dry_run=dry_run,
-        say=say,
-        on_start=begin,
-    )
+    with reading(base, say=say):
+        found = train(
+            recipe,
+            base,
+            claims,
+            output,
+            alpha=project.alpha,
+            use_rslora=project.use_rslora,
+            geometry=project.base_geometry(base),
+            deepspeed=deepspeed,
+            dry_run=dry_run,
+            say=say,
+            on_start=begin,
+        )
     if is_first() and not dry_run:
         _tell_trained(project, claims, output, say)
     return found
@@ -292,96 +290,16 @@ def _done(output: Path, claims: TaskClaims) -> TrainResult | None:
 
 def _tell_trained(project: Project, claims: TaskClaims, output: Path, say: Say) -> None:
     detail = {"adapter_digest": Adapter.read(output).digest}
-    _tell(project, say, f"{output} is complete", lambda registry: registry.mark(claims, "trained", detail))
+    tell(project, say, f"{output} is complete", lambda registry: registry.mark(claims, "trained", detail))
 
 
-def merge_tasks(
-    project: Project,
-    tasks: Sequence[str] | None,
-    weights: Mapping[str, float],
-    output: Path,
-    base_view: str | None,
-    allow_base_mismatch: bool,
-    dry_run: bool,
-    say: Say,
-) -> Receipt:
-    """Merge trained tasks of the project's composition; None takes all that hold claims in it."""
-    with required(project) as registry:
-        claims = registry.claims(project.model_name, project.composition)
-        chosen = list(tasks or claims)
-        if not chosen:
-            others = ", ".join(registry.compositions(project.model_name))
-            raise UsageError(
-                f"no task holds claims in composition {project.composition}: "
-                + (f"name one of {others} with --composition" if others else "`multisbora allocate --tasks ...`")
-            )
-        for task in chosen:
-            registry.task(project.model_name, task, project.composition)
-        with registry.reading() as reader:
-            known = {task: digests(reader, project.model_name, task) for task in chosen}
-    for task in chosen:
-        if not project.adapter(task).is_dir():
-            raise AdapterError(
-                f"task {task} is allocated, but {project.adapter(task)} does not exist: "
-                f"`multisbora train --task {task}`, or name the tasks to merge with --tasks"
-            )
-    base = project.base(say)
-    from .merge import merge
-
-    receipt = merge(
-        base,
-        [project.adapter(task) for task in chosen],
-        weights,
-        output=output,
-        base_view=base_view,
-        geometry=project.base_geometry(base),
-        claims=known,
-        allow_base_mismatch=allow_base_mismatch,
-        dry_run=dry_run,
-    )
-    for sentence in receipt.moved():
-        say(sentence)
-    if not dry_run:
-        detail = {
-            "output": str(output.resolve()),
-            "host": socket.gethostname(),
-            "weights": {name: task.weight for name, task in receipt.tasks.items()},
-        }
-        event = ("merge", project.model_name, project.composition, None, detail)
-        _tell(project, say, f"{output} is complete", lambda registry: registry.record(*event))
-    return receipt
-
-
-def _tell(project: Project, say: Say, done: str, what: Callable[[Registry], None]) -> None:
+def tell(project: Project, say: Say, done: str, what: Callable[[Registry], None]) -> None:
     """Tell the registry what was done. What it says against it cannot undo that, so it is passed on as a message."""
     try:
         with required(project) as registry:
             what(registry)
     except RegistryError as error:
         say(f"multisbora: {done}, but the registry was not told: {error}")
-
-
-def verify_merged(path: Path, base: str | None, adapters: Sequence[Path] | None, say: Say) -> Proof:
-    """Prove a merged checkpoint; base and adapters are the project's where they are not given."""
-    from .hub import find_base
-    from .verify import verify
-
-    if adapters is None:
-        project = Project.load()
-        adapters = [project.adapter(task) for task in _merged_tasks(path)]
-    folder = find_base(base, say) if base is not None else Project.load().base(say)
-    return verify(path, folder, adapters)
-
-
-def _merged_tasks(path: Path) -> list[str]:
-    if not path.is_dir():
-        raise UsageError(f"{path} is not a folder: give the folder that `multisbora merge` wrote")
-    try:
-        return sorted(json.loads((path / RECEIPT_FILE).read_bytes())["tasks"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VerificationError(
-            f"{path} does not hold: {RECEIPT_FILE} is missing or damaged ({type(error).__name__}); merge again"
-        ) from None
 
 
 def evaluate_path(
@@ -401,7 +319,8 @@ def evaluate_path(
     from .receipt import Receipt
 
     folder = find_base(path, say)
-    receipt = Receipt.read(folder) if record else None
+    if record:
+        Receipt.read(folder)  # refused now and not after an hour of scoring
     base = None
     if (folder / "adapter_config.json").is_file():
         if project is None:
@@ -410,9 +329,14 @@ def evaluate_path(
     from .evaluate import evaluate
 
     quiet()
-    found = evaluate(folder, recipes, base=base, say=say, **settings)
+    with reading(folder, *([base] if base else []), say=say):
+        receipt = Receipt.read(folder) if record else None
+        found = evaluate(folder, recipes, base=base, say=say, **settings)
     if receipt is not None:
-        replace(receipt, scores={**receipt.scores, **found.to_json()["tasks"]}).write(folder)
+        with editing(folder, say):
+            if Receipt.read(folder) != receipt:
+                raise CheckpointError(f"{folder} was edited or scored meanwhile: the scores are not recorded")
+            replace(receipt, scores={**receipt.scores, **found.to_json()["tasks"]}).write(folder)
     return found
 
 

@@ -13,11 +13,12 @@ from .adapter import CONFIG_FILE, Adapter
 from .allocator import Allocation, allocate, matrix_ranks
 from .checkpoint import RECEIPT_FILE
 from .errors import AdapterError, MissingRegistryError, RegistryError, UsageError
+from .names import check_name
 from .project import Project
 from .recipe import load
 from .region import own_axis
 from .registry import AXES, Registry
-from .registry.claims import Event, TaskClaims, check_name
+from .registry.claims import Event, TaskClaims
 from .registry.ledger import Ledger
 from .registry.reader import Reader
 from .registry.replay import digests
@@ -323,7 +324,7 @@ def dependents(reader: Reader, held: TaskClaims, folder: Path = Path()) -> dict[
     events, known = reader.events(), digests(reader, held.model, held.task)
     receipts = {path.resolve() for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/{RECEIPT_FILE}")}
     for event in events:
-        if event.action == "merge" and event.detail.get("host") == socket.gethostname():
+        if event.action in ("merge", "add", "reweight") and event.detail.get("host") == socket.gethostname():
             receipts.add(Path(str(event.detail.get("output"))) / RECEIPT_FILE)
     names = _names([event for event in events if event.model == held.model], held.task)
     found = {}

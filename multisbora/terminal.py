@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ from .errors import UsageError
 
 def _checked(what: str, text: str | None) -> str | None:
     """An option's text, each name in it checked before anything else is done with it."""
-    from .registry.claims import check_name  # here, since it brings numpy, which --help has no need of
+    from .names import check_name
 
     for name in [text] if text is not None and what != "tasks" else split(text) or []:
         check_name(name, what.removesuffix("s"))
@@ -45,6 +46,26 @@ Targets = Annotated[str | None, typer.Option("--targets", help="Target modules, 
 Composition = Annotated[
     str | None,
     typer.Option("--composition", help="Name of the set of tasks that may be merged together.", callback=_composition),
+]
+Weight = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weight",
+        metavar="TASK=LAMBDA",
+        help="Weight of a task, 1 if not given; TASK:PATTERN=LAMBDA for the matrices that a pattern names.",
+    ),
+]
+WeightsFrom = Annotated[
+    Path | None, typer.Option("--weights-from", help="YAML or JSON file of weights; --weight goes before it.")
+]
+Output = Annotated[Path, typer.Option("--output", help="Folder to make.")]
+BaseView = Annotated[
+    str | None,
+    typer.Option(
+        "--base-view",
+        help="Base that adapters are put on: original, or dequantized (quantised as in training and turned back). "
+        "The one they were trained on, if not given.",
+    ),
 ]
 Set = Annotated[
     list[str] | None,

@@ -21,7 +21,7 @@ from commands import Run, assert_refused
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from multisbora import checkpoint
+from multisbora import publish
 from multisbora.adapter import Adapter
 from multisbora.lifecycle import required
 from multisbora.project import Project
@@ -467,7 +467,7 @@ def test_a_full_output_folder(trained: Path, run: Run) -> None:
 
 def test_a_full_disk(trained: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(publish.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert_refused(run("merge", "--output", "merged"), 1, "disk")
     assert not Path("merged").exists()
 
