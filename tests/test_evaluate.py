@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from multisbora import evaluate as evaluation
 from multisbora.attention import PACKED
-from multisbora.checkpoint import fingerprint
 from multisbora.dataset import Example, encode
 from multisbora.errors import AdapterError, CheckpointError, DataError, UsageError
 from multisbora.evaluate import evaluate, extract, generate, is_right, load_model, log_likelihoods
 from multisbora.geometry import from_checkpoint
 from multisbora.merge import merge
 from multisbora.recipe import Recipe
+from multisbora.stream import fingerprint
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 from multisbora import SboraConfig
 from multisbora.adapter import Adapter
 from multisbora.allocator import allocate
-from multisbora.checkpoint import fingerprint
 from multisbora.errors import AdapterError, UsageError
 from multisbora.export import export_peft_lora
 from multisbora.geometry import Geometry, Matrix, Names, from_checkpoint, spellings
@@ -33,11 +31,12 @@ from multisbora.recipe import Recipe
 from multisbora.registry import Registry
 from multisbora.registry.claims import TaskClaims
 from multisbora.run import METRICS_FILE
+from multisbora.stream import fingerprint
 from multisbora.train import train
 from multisbora.tuner import SboraLayer
 from multisbora.verify import verify
+from multisbora.verify.names import Names as VerifierNames
 
-meaning = importlib.import_module("multisbora.verify")._meaning  # the verifier's own rule for names
 TARGETS = {"gemma3": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
 HUB, LIVE = "language_model.model.", "model.language_model."
 IDS = torch.arange(3, 43)[None]
@@ -301,7 +300,7 @@ modules = st.builds(lambda front, end: ".".join([*front, end]), fronts, ends)
 @given(st.sets(modules, max_size=6), modules)
 def test_the_verifier_reads_names_as_the_merge_does(names: set[str], module: str) -> None:
     """The rule is written twice; this compares the two."""
-    assert sorted(Names(names).find(module)) == sorted(meaning(module, names))
+    assert sorted(Names(names).find(module)) == sorted(VerifierNames(names).find(module))
 
 
 @settings(deadline=None, max_examples=300)
