@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from .registry import Registry as Registry
     from .train import train as train
     from .tuner import SboraConfig as SboraConfig
+    from .tuner import composed as composed
     from .verify import verify as verify
 
 __version__ = "0.1.0"
-__all__ = ["Registry", "SboraConfig", "allocate", "merge", "train", "verify"]
+__all__ = ["Registry", "SboraConfig", "allocate", "composed", "merge", "train", "verify"]
 _HOME = {
     "Registry": "registry",
     "SboraConfig": "tuner",
     "allocate": "allocator",
+    "composed": "tuner",
     "merge": "merge",
     "train": "train",
     "verify": "verify",

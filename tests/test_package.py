@@ -168,7 +168,7 @@ def test_import_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_public_names() -> None:
-    assert sorted(multisbora.__all__) == ["Registry", "SboraConfig", "allocate", "merge", "train", "verify"]
+    assert sorted(multisbora.__all__) == ["Registry", "SboraConfig", "allocate", "composed", "merge", "train", "verify"]
     # Importing a submodule binds its name in the package: the functions of the same names must win all the same.
     for name in ("merge", "train", "verify"):
         importlib.import_module(f"multisbora.{name}")

@@ -20,10 +20,11 @@ def _extend_peft_type(name: str) -> PeftType:
 
 PEFT_TYPE = _extend_peft_type("SBORA")
 
+from .compose import composed  # noqa: E402
 from .config import SboraConfig  # noqa: E402
 from .layer import SboraLayer  # noqa: E402
 from .model import SboraModel  # noqa: E402
 
 register_peft_method(name="sbora", config_cls=SboraConfig, model_cls=SboraModel, prefix=SboraModel.prefix)
 
-__all__ = ["PEFT_TYPE", "SboraConfig", "SboraLayer", "SboraModel"]
+__all__ = ["PEFT_TYPE", "SboraConfig", "SboraLayer", "SboraModel", "composed"]

@@ -14,6 +14,7 @@ from peft import PeftConfig
 from ..delta import pattern_value
 from ..errors import UsageError
 from ..geometry import Names, spellings
+from ..patterns import check_pattern
 from ..region import VARIANTS, Region, Variant, draw
 
 
@@ -86,6 +87,11 @@ class SboraConfig(PeftConfig):
             if self.target_modules is None:
                 # PEFT knows the live model's names alone, and this config does not know the model.
                 self.target_modules = {name for module in self.indices for name in spellings(module)}
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                check_pattern(pattern)
+            except UsageError as error:
+                raise UsageError(f"rank_pattern or alpha_pattern {pattern!r}: {error}") from None
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):

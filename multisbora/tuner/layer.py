@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,23 @@ from .live import LiveWeight, Part
 
 def _nothing() -> None:
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """Which tasks a layer computes with.
+
+    Attributes:
+        active: names of adapters, or one name, as PEFT keeps it.
+        weights: adapter -> lambda.
+        trained: adapters whose values take gradients.
+        disabled: whether the layer computes without any.
+    """
+
+    active: str | list[str]
+    weights: dict[str, float]
+    trained: frozenset[str] = frozenset()
+    disabled: bool = False
 
 
 class SboraLayer(nn.Module, BaseTunerLayer):
@@ -87,6 +105,7 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         self._merged = LiveWeight()
         self._live = LiveWeight()
         self._plan: Plan | None = None
+        self._parts: dict[str, Part] = {}
         self._shared = shared
         self._is_replica = False
         # Weak, or a sharded model's whole weights would stay in memory.
@@ -127,6 +146,23 @@ class SboraLayer(nn.Module, BaseTunerLayer):
             raise UsageError(f"adapter {adapter_name!r} is merged: unmerge it before its weight is changed")
         if adapter_name in self.weight_of:
             self.weight_of[adapter_name] = weight
+
+    @property
+    def mix(self) -> Mix:
+        trained = frozenset(name for name, values in self.sbora_values.items() if values.requires_grad)
+        active = self._active_adapter if isinstance(self._active_adapter, str) else list(self._active_adapter)
+        return Mix(active, dict(self.weight_of), trained, self._disable_adapters)
+
+    @mix.setter
+    def mix(self, mix: Mix) -> None:
+        """The base weight follows with the next forward, or with `settle`. Tasks that are merged are taken out."""
+        if self.merged:
+            self.unmerge()
+        self._active_adapter = mix.active
+        self.weight_of.update({name: mix.weights[name] for name in self.weight_of if name in mix.weights})
+        self._disable_adapters = mix.disabled
+        for name, values in self.sbora_values.items():
+            values.requires_grad_(name in mix.trained)
 
     def update(self, adapter_name: str) -> Tensor:
         """lambda * s * values of one task, fp32, (out_features, r) or (r, in_features); zero in earlier claims' cells.
@@ -201,17 +237,25 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         )
 
     def _part(self, name: str) -> Part:
-        return Part(
-            name=name,
-            variant=self.variant[name],
-            values=self.sbora_values[name],
-            index=self.sbora_indices[name].long(),
-            excluded=self.sbora_excluded[name] if name in self.sbora_excluded else None,  # noqa: SIM401
-            scaling=self.scaling[name],
-            weight=self.weight_of[name],
-            axis=own_axis(self.variant[name]) ^ self.transposed,
-            transposed=self.transposed,
-        )
+        """The same object until something changes; with the same `index` until the layer starts over."""
+        values, scaling, weight = self.sbora_values[name], self.scaling[name], self.weight_of[name]
+        part = self._parts.get(name)
+        if part is None:
+            part = Part(
+                name=name,
+                variant=self.variant[name],
+                values=values,
+                index=self.sbora_indices[name].long(),
+                excluded=self.sbora_excluded[name] if name in self.sbora_excluded else None,  # noqa: SIM401
+                scaling=scaling,
+                weight=weight,
+                axis=own_axis(self.variant[name]) ^ self.transposed,
+                transposed=self.transposed,
+            )
+        elif part.values is not values or part.scaling != scaling or part.weight != weight:
+            part = part.weighted(values, scaling, weight)
+        self._parts[name] = part
+        return part
 
     # ------------------------------------------------------------------------------------------------ the base weight
 
@@ -220,9 +264,22 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         if len(self._live):
             self._live.restore(self.base_layer.weight if self._is_replica else None)
 
+    @property
+    def is_live(self) -> bool:
+        """Whether updates are in the base weight at this moment, those of merged tasks aside."""
+        return len(self._live) > 0
+
+    def settle(self) -> None:
+        """Have the base weight hold at once what the next forward would write."""
+        if parts := self._parts_in_place():
+            self._live.write(self.base_layer.weight, parts)
+        else:
+            self.restore()
+
     def _start_over(self) -> None:
         self.restore()
         self._plan = None
+        self._parts = {}
 
     def outdate(self) -> None:
         """Have the weight written anew by the next forward, whatever seems to have changed."""

@@ -9,6 +9,7 @@ is filed before the weight is written and dropped after it is restored, so that 
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -52,6 +53,8 @@ class Part:
         excluded: indices of the other axis whose cells belong to earlier claims, (e,), int64, or None.
         axis: of the stored weight, along which the task owns.
         transposed: whether the weight is stored (in, out), as Conv1D does.
+
+    Parts of one layer with the same `index` object are of the same cells.
     """
 
     name: str
@@ -63,6 +66,11 @@ class Part:
     weight: float
     axis: int
     transposed: bool
+    _region: Region | None = None
+
+    def weighted(self, values: Tensor, scaling: float, weight: float) -> Part:
+        """The same cells with other values or another lambda."""
+        return replace(self, values=values, scaling=scaling, weight=weight)
 
     def version(self) -> Version:
         return Version(self.values)
@@ -72,13 +80,18 @@ class Part:
 
         Args:
             base: columns or rows along `index`, as they are without this task.
-            weight: cells of earlier claims are taken from it as they are, since another task may be in them.
+            weight: see `spare`.
         """
         if self.weight:
             update = delta(self.values.data.float(), self.scaling, self.weight)
             cells = torch.add(base, update.t() if self.transposed else update, out=torch.empty_like(base))
         else:  # a task at 0 is left out, as in a merge of files
             cells = base.clone()
+        return self.spare(cells, weight)
+
+    def spare(self, cells: Tensor, weight: Tensor) -> Tensor:
+        """`cells` along `index`, with those of earlier claims set, in place, to what the weight holds: another task may
+        be in them."""
         if self.excluded is not None:
             other = 1 - self.axis
             theirs = weight.index_select(other, self.excluded).index_select(self.axis, self.index)
@@ -86,18 +99,26 @@ class Part:
         return cells
 
     def region(self) -> Region:
-        excluded = () if self.excluded is None else tuple(self.excluded.tolist())
-        return Region(self.variant, tuple(self.index.tolist()), excluded)
+        if self._region is None:
+            excluded = () if self.excluded is None else tuple(self.excluded.tolist())
+            self._region = Region(self.variant, tuple(self.index.tolist()), excluded)
+        return self._region
 
 
 @dataclass(eq=False, slots=True)
 class _Entry:
-    """A part that is in the weight: the base's cells, and which version of its values was written over them."""
+    """A part that is in the weight: the base's cells, and which version of its values was written over them.
+
+    What `base` holds in the cells of earlier claims means nothing.
+    """
 
     part: Part
     base: Tensor
     version: Version
     stale: bool = True
+
+    def is_old(self) -> bool:
+        return self.stale or not self.version.is_of(self.part.values)
 
     def is_in(self, weight: Tensor) -> bool:
         cells = self.part.cells(self.base, weight)
@@ -106,6 +127,9 @@ class _Entry:
 
 class LiveWeight:
     """The tasks that are written into one weight at present. Every write is `W0 + update`, from W0 as it was kept.
+
+    Where no two tasks share a cell, a change of tasks or lambdas costs the cells of those that change, and no others.
+    Where some do, all are taken out and written anew, in order.
 
     The weight is written without a new version for autograd: whoever differentiates through it has to see to it that it
     holds the same in backward as it held in forward (`kernels.through_weight` does). Several threads may use a weight
@@ -157,16 +181,43 @@ class LiveWeight:
             raise UsageError(self._sealed)
         self._check(weight)
         entries = self._entries
-        old = [renew or entry.stale or not entry.version.is_of(entry.part.values) for entry in entries]
-        changed = len(entries) != len(parts) or any(e.part is not p for e, p in zip(entries, parts, strict=True))
-        if changed or (not self._disjoint and any(old)):  # cells that hold two tasks come from both
-            self.restore()
-            for part in parts:
-                self.append(weight, part)
+        if len(entries) == len(parts) and all(e.part is p for e, p in zip(entries, parts, strict=True)):
+            old = [entry for entry in entries if renew or entry.is_old()]
+            if self._disjoint or not old:
+                for entry in old:
+                    self._put(weight, entry)
+                return
+        elif self._exchange(weight, parts, renew):
             return
-        for entry, is_old in zip(entries, old, strict=True):
-            if is_old:
+        self.restore()  # cells that hold two tasks come from both
+        for part in parts:
+            self.append(weight, part)
+
+    def _exchange(self, weight: Tensor, parts: Sequence[Part], renew: bool) -> bool:
+        """Take out, renew and add what differs. Does nothing where two parts share cells, and says False then."""
+        wanted = {id(part.index): part for part in parts}
+        present = {id(entry.part.index) for entry in self._entries}
+        fresh = [part for part in parts if id(part.index) not in present]
+        kept = [part for part in parts if id(part.index) in present]
+        pairs = itertools.chain(itertools.combinations(fresh, 2), itertools.product(fresh, kept))
+        if (
+            not self._disjoint
+            or len(wanted) != len(parts)
+            or any(one.region().meets(other.region()) for one, other in pairs)
+        ):
+            return False
+        for entry in list(self._entries):
+            part = wanted.get(id(entry.part.index))
+            if part is None:
+                self._take_out(weight, entry)
+            elif part is not entry.part or renew or entry.is_old():
+                entry.stale, entry.part = True, part
                 self._put(weight, entry)
+        for part in fresh:
+            self.append(weight, part)
+        order = {id(part.index): number for number, part in enumerate(parts)}
+        self._entries = sorted(self._entries, key=lambda entry: order[id(entry.part.index)])
+        return True
 
     def append(self, weight: Tensor, part: Part, *, finite: bool = False) -> None:
         """Write one more task over what is there.
@@ -197,6 +248,13 @@ class LiveWeight:
         weight.data.index_copy_(part.axis, part.index, part.cells(entry.base, weight.data))
         entry.stale = False
 
+    def _take_out(self, weight: Tensor, entry: _Entry) -> None:
+        part = entry.part
+        cells = entry.base if part.excluded is None else part.spare(entry.base.clone(), weight.data)
+        entry.stale = True
+        weight.data.index_copy_(part.axis, part.index, cells)
+        self._entries.remove(entry)
+
     def restore(self, weight: Tensor | None = None) -> None:
         """Put the base's cells back, bit for bit.
 
@@ -214,16 +272,16 @@ class LiveWeight:
                 assert weight is not None  # `append` sets it with the first entry
                 self._check(weight)
             while self._entries:
-                entry = self._entries[-1]
-                weight.data.index_copy_(entry.part.axis, entry.part.index, entry.base)
-                self._entries.pop()
+                self._take_out(weight, self._entries[-1])
             self._weight = self._version = None
             self._disjoint = True
 
     def moved(self, weight: Tensor) -> None:
         """The weight was converted to another dtype or device, with all that is in it."""
         for entry in self._entries:
-            entry.base, entry.part.index = entry.base.to(weight), entry.part.index.to(weight.device)
+            part = entry.part
+            entry.base, part.index = entry.base.to(weight), part.index.to(weight.device)
+            part.excluded = None if part.excluded is None else part.excluded.to(weight.device)
         if self._entries:
             self._weight, self._version = weight, Version(weight)
 

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
 from ..quantization import keep_exact, record
+from ..weights import TaskWeight, Weight, require_use
 from .config import SboraConfig
 from .forms import Form
 from .layer import SboraLayer
@@ -117,16 +118,20 @@ class SboraModel(BaseTuner):
             layer.retire()
         return plain
 
-    def set_weight(self, adapter_name: str, weight: float) -> None:
-        """Set lambda of one task in every layer. `weight` is 1 after loading.
+    def set_weight(self, adapter_name: str, weight: Weight | TaskWeight) -> None:
+        """Set lambda of one task, which is 1 after loading, in every layer: a number, or {"default": number, pattern:
+        number} as `merge` takes it.
 
         Raises:
-            UsageError: no such adapter, or it is merged at present.
+            UsageError: no such adapter, it is merged at present, the weight is none, or a pattern names no layer.
         """
         if adapter_name not in self.peft_config:
             raise UsageError(f"no adapter {adapter_name!r}: loaded are {', '.join(self.peft_config)}")
-        for layer in self._layers():
-            layer.set_weight(adapter_name, weight)
+        of_task = TaskWeight.of(weight, adapter_name)
+        layers = [(name, layer) for name, layer in self.named_layers() if adapter_name in layer.sbora_values]
+        require_use(of_task, adapter_name, [name for name, _ in layers])
+        for name, layer in layers:
+            layer.set_weight(adapter_name, of_task.at(name))
 
     def set_form(self, form: Form) -> None:
         """Choose how updates are computed, see SboraLayer: "in_place" (after loading, where it can be) or "gather".
@@ -145,13 +150,34 @@ class SboraModel(BaseTuner):
         for layer in self._layers():
             layer.restore()
 
+    def settle(self) -> None:
+        """Write into the base weights at once what the next forward would: for who wants no delay there."""
+        for layer in self._layers():
+            layer.settle()
+
     def outdate(self) -> None:
         """Have every weight written anew by the next forward: after values were changed through `.data`."""
         for layer in self._layers():
             layer.outdate()
 
+    def named_layers(self) -> Iterator[tuple[str, SboraLayer]]:
+        """(name in the base model, layer) for each adapted layer. The weights stay as they are, where modules() and
+        parameters() would make them W0."""
+        pending: list[tuple[str, nn.Module]] = [("", self.model)]
+        seen: set[nn.Module] = set()
+        while pending:
+            name, module = pending.pop()
+            if module in seen:
+                continue
+            seen.add(module)
+            if isinstance(module, SboraLayer):
+                yield name, module
+            else:
+                inner = [(child, found) for child, found in module._modules.items() if found is not None]
+                pending.extend((f"{name}.{child}".lstrip("."), found) for child, found in reversed(inner))
+
     def _layers(self) -> Iterator[SboraLayer]:
-        return (module for module in self.modules() if isinstance(module, SboraLayer))
+        return (layer for _, layer in self.named_layers())
 
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
