@@ -111,8 +111,12 @@ def worker(run: Path) -> dict[str, Any]:
 
 def process_of(run: Path, checkpoint: int, command: subprocess.Popen[str] | None = None) -> int:
     """The process that a run is in, once it has kept this checkpoint."""
-    state = run / f"checkpoint-{checkpoint}" / "trainer_state.json"
-    wait_for(lambda: state.parent.is_dir() or (command is not None and command.poll() is not None))
+
+    def kept() -> bool:  # this one, or a later one: where the processors are busy, that may have taken its place
+        numbers = [path.name.rpartition("-")[2] for path in run.glob("checkpoint-*")]
+        return any(number.isdecimal() and int(number) >= checkpoint for number in numbers)
+
+    wait_for(lambda: kept() or (command is not None and command.poll() is not None))
     assert command is None or command.poll() is None, command.communicate()
     return int(wait_for(lambda: worker(run))["pid"])
 
