@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,9 @@ from .terminal import (
     split,
     table,
 )
+
+if TYPE_CHECKING:
+    from .receipt import Receipt
 
 Deployed = Annotated[Path, typer.Argument(metavar="DIR", help="A merged checkpoint.")]
 OneAdapter = Annotated[
@@ -79,18 +82,13 @@ def merge(
         dry_run=dry_run,
         say=say,
     )
-    receipt = merged.receipt
-    rows = [("task", "lambda", "variant", "cells owned", "cells changed")]
-    rows += [
-        (name, str(t.weight), t.variant, t.cells, "-" if t.cells_changed is None else t.cells_changed)  # type: ignore[misc]
-        for name, t in receipt.tasks.items()
-    ]
+    rows = _task_rows(merged.receipt)
     done = f"wrote {output}: prove it with `multisbora verify {output}`"
     show(merged.to_json(), as_json, [*table(rows), merged.line(output) if dry_run else done])
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="A merged checkpoint.")],
+    path: Deployed,
     base: Annotated[str | None, typer.Option("--base", help="Base model, if not the project's.")] = None,
     adapter: Annotated[
         list[Path] | None, typer.Option("--adapter", help="Adapter folder, if not the project's; once a task.")
@@ -159,7 +157,7 @@ def reweight(
 
 
 def diff(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="A merged checkpoint.")],
+    path: Deployed,
     output: Annotated[Path, typer.Option("--output", help="File to make, for example patch.safetensors.")],
     as_json: Json = False,
     dry_run: DryRun = False,
@@ -185,7 +183,15 @@ def apply(
     from .deployed import apply_patch
 
     receipt = apply_patch(patch, base, output, dry_run, say)
-    rows: list[tuple[object, ...]] = [("task", "lambda", "variant", "cells owned", "cells changed")]
-    rows += [(name, t.weight, t.variant, t.cells, t.cells_changed) for name, t in receipt.tasks.items()]
+    rows = _task_rows(receipt)
     end = f"would write {output}" if dry_run else f"wrote {output}: every file is the one that the patch was taken from"
     show(receipt.to_json(), as_json, [*table(rows), end])
+
+
+def _task_rows(receipt: Receipt) -> list[tuple[object, ...]]:
+    """A table of the tasks of a merge."""
+    rows: list[tuple[object, ...]] = [("task", "lambda", "variant", "cells owned", "cells changed")]
+    for name, task in receipt.tasks.items():
+        changed = "-" if task.cells_changed is None else task.cells_changed
+        rows.append((name, str(task.weight), task.variant, task.cells, changed))
+    return rows

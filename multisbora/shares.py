@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from .checkpoint import Checkpoint
 from .errors import AdapterError, CheckpointError, MergeError, UsageError
 from .geometry import Geometry, Matrix
 from .receipt import MergedRegion, MergedTask
-from .stream import PREFIX
+from .stream import PREFIX, in_threads
 from .weights import TaskWeight, require_use
 
 
@@ -63,8 +62,7 @@ def load(folders: Sequence[str | os.PathLike[str]]) -> list[Adapter]:
         raise UsageError("adapters must be a list of folders, not one folder")
     if not folders:
         raise UsageError("there is nothing to merge: give at least one adapter folder")
-    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:  # most of it is reading and hashing
-        loaded = sorted(pool.map(Adapter.read, folders), key=lambda adapter: adapter.task)
+    loaded = sorted(in_threads(Adapter.read, folders), key=lambda adapter: adapter.task)
     for one, two in itertools.pairwise(loaded):
         if one.task == two.task:
             raise MergeError(f"{one.path} and {two.path} are both task {one.task!r}: merge one of them")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import sys
 import tempfile
@@ -133,3 +134,12 @@ def unsaid() -> None:
     from multisbora.tuner.forms import say_once
 
     say_once.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def unsynced() -> Iterator[None]:
+    """No waiting for the disk, where it is processes that die, and not the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "fdatasync"):
+            patch.setattr(os, name, lambda file: None)
+        yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,10 @@ from multisbora.merge import merge
 from multisbora.receipt import Receipt
 from multisbora.undo import CellsFile, undo_path
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 VARIANTS = {"math": "fa", "chat": "fb", "code": "fa", "law": "fb"}
 Q = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """No waiting for the disk: nothing here is about power that fails."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("fsync", "fdatasync"):
-            patch.setattr(os, name, lambda file: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,8 @@ from multisbora.journal import FOLDER, editing, reading, recover
 from multisbora.merge import merge
 from multisbora.receipt import Receipt
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 Operation = Callable[[Path], object]
 OPERATIONS = ("add rows", "add columns", "remove rows", "remove columns", "reweight rows", "remove the last")
 
@@ -46,15 +48,6 @@ class Case:
 
     def copy(self, to: Path) -> Path:
         return Path(shutil.copytree(self.before, to))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """No waiting for the disk: here processes die, and not the machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("fsync", "fdatasync"):
-            patch.setattr(os, name, lambda file: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -13,16 +14,16 @@ from .cells import Impossible, Passing, Share, Window, Wrong
 from .tensors import Source, Stored, as_bits, reading, values
 
 
-class Updated(Passing):
+class Updated(Passing, ABC):
     """A share while its matrix goes by. `wrong` are the cells of its undo file that are not the base's."""
 
     def __init__(self, share: Share, stack: ExitStack) -> None:
         super().__init__(share, None if share.undo is None else stack.enter_context(reading(share.undo)))
         self.wrong = Wrong()
 
+    @abstractmethod
     def after(self, held: np.ndarray, dtype: str, window: Window) -> np.ndarray:
         """What cells must hold that held this in the base; bits in, bits out."""
-        raise NotImplementedError
 
 
 @dataclass(eq=False)

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from composition import KINDS, VARIANTS, Composition, compose, stored
+from composition import KINDS, VARIANTS, Composition, compose, stored, without_us
 from distance import Distance, between, spacing
 from safetensors import safe_open
 from torch import Tensor
@@ -126,15 +123,7 @@ def mixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Composition]:
     for mix in mixes.values():
         dtype = json.loads((mix.base / "config.json").read_text())["dtype"]
         jobs.append((_configuration(mix, dtype), str(mix.folder / "theirs")))
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [sys.executable, "-c", MERGEKIT, str(folder / "jobs.json")],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    without_us(MERGEKIT, jobs, folder)
     return mixes
 
 

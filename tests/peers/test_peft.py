@@ -8,14 +8,9 @@ one of them, since the adapter that it makes has the base's dtype.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from composition import KINDS, VARIANTS, Composition, compose, stored
+from composition import KINDS, VARIANTS, Composition, compose, stored, without_us
 from distance import Distance, between
 from safetensors import safe_open
 
@@ -78,17 +73,7 @@ def mixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Composition]:
                 "ways": {way: str(mix.folder / f"{way}.safetensors") for way in WAYS},
             }
         )
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK_PEFT, str(folder / "jobs.json")],
-        cwd=folder,
-        env=environment | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    without_us(STOCK_PEFT, jobs, folder)
     return mixes
 
 

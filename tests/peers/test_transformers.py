@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from composition import KINDS, Composition, compose, weights_of
+from composition import KINDS, Composition, compose, weights_of, without_us
 from safetensors.torch import load_file
 
 from multisbora import composed
@@ -55,17 +50,7 @@ def mixes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Composition]:
         }
         for mix in mixes.values()
     ]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK_TRANSFORMERS, str(folder / "jobs.json")],
-        cwd=folder,
-        env=environment | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    without_us(STOCK_TRANSFORMERS, jobs, folder)
     return mixes
 
 
