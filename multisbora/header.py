@@ -227,7 +227,7 @@ def _tensor(path: Path, name: str, entry: object) -> TensorInfo:
 
 
 def _counts(values: object) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and not {type(value) for value in values} - {int} and min(values, default=0) >= 0
 
 
 def _bits(shape: list[int], each: int) -> int | None:

@@ -388,9 +388,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", type=int, help="this case alone, to look into it")
     parser.add_argument("--skip", nargs="*", default=[], help="readers to leave out")
     parser.add_argument(
-        "--limit", type=float, default=2.0, help="processor seconds that a call may take (default %(default)s)"
+        "--limit", type=float, default=5.0, help="processor seconds that a call may take (default %(default)s)"
     )
-    parser.add_argument("--memory", type=float, default=300.0, help="MB in all (default %(default)s)")
+    parser.add_argument("--memory", type=float, default=600.0, help="MB in all (default %(default)s)")
     given = parser.parse_args(arguments)
     scratch = Path(tempfile.mkdtemp(prefix="stress-files-")).resolve()
     begun = time.perf_counter()
