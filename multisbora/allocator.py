@@ -1,4 +1,5 @@
-"""Which free indices a task gets. Drawn at random, as in the paper, but seeded, disjoint, and in one transaction.
+"""Which free indices a task gets, disjoint, and in one transaction: drawn at random, as in the paper, but seeded; or
+chosen by what the rows of the tasks send through the model (`isolation`).
 
 Two tasks need different indices only where a composition holds both. Tasks that never meet share blocks of indices, and
 the conflict graph (`conflicts`) is coloured so that as few blocks as can be found serve them all.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ import numpy.typing as npt
 from .delta import pattern_value
 from .errors import AllocationError, UsageError
 from .geometry import Geometry, Matrix
+from .isolation import Isolation, Newcomer
+from .moments import Moments
 from .names import check_name
 from .region import VARIANTS, Region, Variant, draw, own_axis
 from .registry import AXES, DEFAULT_COMPOSITION, Registry
@@ -25,6 +28,7 @@ from .registry.reader import Holding
 from .room import Room, held_on, is_crossed, room, taken_of
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+Strategy = Literal["random", "isolated"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ def allocate(
     rank_pattern: Mapping[str, int] | None = None,
     reallocate: bool = False,
     dry_run: bool = False,
+    strategy: Strategy = "random",
+    moments: Mapping[str, Moments] | None = None,
 ) -> Allocation:
     """Claim indices for tasks: all of them or, on any error, none. Again with the same arguments gives the same claims.
 
@@ -85,13 +91,23 @@ def allocate(
         reallocate: where a task cannot join a composition with the indices that it has, give it new ones, or the tasks
             in its way, if they are not trained.
         dry_run: work out the same answer, write nothing.
+        strategy: how a new task's indices are chosen: "random", or "isolated", by `moments`. Whether tasks fit, and
+            what one holds already, does not depend on it.
+        moments: for "isolated", task -> what its rows send through the base model: those of each new task, and of the
+            tasks that it meets, on whose rows it shall be quiet. Tasks among them that hold no claims yet may come
+            later, and count as met.
 
     Raises:
-        UsageError: a name, variant, rank or target that cannot mean anything.
+        UsageError: a name, variant, rank, target or strategy that cannot mean anything.
+        DataError: moments are missing, or of another model or base.
         AllocationError: too few free indices, a task that holds other claims already, or tasks that would meet in cells
             both own.
         RegistryError: the store cannot be used, or the model's name stands there for another geometry.
     """
+    if strategy not in get_args(Strategy):
+        raise UsageError(f"strategy {strategy!r} is unknown: use random or isolated")
+    if strategy == "random" and moments is not None:
+        raise UsageError('random indices do not depend on moments: leave them out, or use strategy="isolated"')
     wanted_in = _wanted_compositions(tasks, composition)
     wanted = matrix_ranks(
         geometry, variant=variant, rank=rank, target_modules=target_modules, rank_pattern=rank_pattern
@@ -106,7 +122,8 @@ def allocate(
         among = {name for names in wanted_in.values() for name in names} | {c for cs in held.values() for c in cs}
         # A task that is moved out of the way meets others in compositions that nobody asked about.
         holdings = ledger.holdings(geometry.model, None if reallocate else among)
-        plan = _Plan(ledger, geometry, seed, holdings)
+        isolation = Isolation.of(moments or {}, geometry) if strategy == "isolated" else None
+        plan = _Plan(ledger, geometry, seed, holdings, isolation)
         for task, names in wanted_in.items():
             if not held[task]:
                 plan.new.append(_New(task, variant, rank, wanted, tuple(names)))
@@ -177,12 +194,14 @@ class _New:
 
 @dataclass
 class _Plan:
-    """What one call of `allocate` is about to write. `holdings` is what is held already."""
+    """What one call of `allocate` is about to write. `holdings` is what is held already; `isolation`, if there is any,
+    says which channels are good for whom."""
 
     ledger: Ledger
     geometry: Geometry
     seed: int
     holdings: list[Holding]
+    isolation: Isolation | None = None
     new: list[_New] = field(default_factory=list)
 
     def join(self, task: str, names: Sequence[str], reallocate: bool) -> None:
@@ -213,7 +232,10 @@ class _Plan:
         """Draw for the new tasks, and write them; returns their claims. `holdings` has them from then on."""
         written: dict[str, TaskClaims] = {}
         order = self._order()
+        others = self._others(self.isolation) if self.isolation is not None else {}
         drawn = self._draw(order)
+        if self.isolation is not None:
+            drawn = self._choose(self.isolation, order, others, drawn)
         # The order of writing is that of the members, as asked for; between variants it also says who yields.
         for new in order if len({new.variant for new in order}) > 1 else self.new:
             indices = drawn[new.task]
@@ -227,6 +249,9 @@ class _Plan:
                 regions={matrix.module: Region(new.variant, indices[matrix]) for matrix in new.ranks},
             )
             written[new.task] = self.ledger.add(claims, new.compositions)
+            if self.isolation is not None:
+                detail = {"strategy": "isolated", **self.isolation.origin(new.task), "others": others[new.task]}
+                self.ledger.record("choose", self.geometry.model, task=new.task, detail=detail)
             held = {module: np.asarray(region.indices, np.uint32) for module, region in claims.regions.items()}
             self.holdings.append(Holding(new.task, new.variant, "allocated", frozenset(new.compositions), held))
         return written
@@ -259,11 +284,60 @@ class _Plan:
                     )
                 if np.count_nonzero(~taken) < rank:
                     raise AllocationError(self._full(new, matrix, rank, taken, order))
-                key = (self.seed, self.geometry.digest, matrix.module)
-                indices[matrix] = draw(matrix.shape[axis], rank, *key, taken=taken)
+                indices[matrix] = draw(matrix.shape[axis], rank, *self._key(matrix), taken=taken)
             held = {matrix.module: np.asarray(got, np.uint32) for matrix, got in indices.items()}
             drawn.append(Holding(new.task, new.variant, "allocated", frozenset(new.compositions), held))
         return found
+
+    def _others(self, isolation: Isolation) -> dict[str, list[str]]:
+        """The tasks on whose rows each new one shall be quiet, sorted: whom it meets, and who may come yet.
+
+        Raises:
+            DataError: nobody measured one of them.
+        """
+        members = {name: set(tasks) for name, tasks in self.ledger.compositions(self.geometry.model).items()}
+        for new in self.new:
+            for name in new.compositions:
+                members.setdefault(name, set()).add(new.task)
+        to_come = isolation.moments.keys() - set().union(*members.values())
+        found = {}
+        for new in self.new:
+            found[new.task] = sorted(to_come.union(*(members[name] for name in new.compositions)) - {new.task})
+            isolation.require(new.task, found[new.task])
+        return found
+
+    def _choose(
+        self,
+        isolation: Isolation,
+        order: Sequence[_New],
+        others: Mapping[str, Sequence[str]],
+        drawn: Mapping[str, Mapping[Matrix, tuple[int, ...]]],
+    ) -> dict[str, dict[Matrix, tuple[int, ...]]]:
+        """As many channels as were drawn, shared by the same tasks, but those that the tasks' moments speak for."""
+        found: dict[str, dict[Matrix, tuple[int, ...]]] = {new.task: {} for new in order}
+        near = {new.task: held_on(self._near(new), own_axis(new.variant)) for new in order}
+        for axis in range(len(AXES)):
+            mine = [new for new in order if own_axis(new.variant) == axis]
+            for matrix in dict.fromkeys(matrix for new in mine for matrix in new.ranks):
+                newcomers = {
+                    new.task: Newcomer(
+                        drawn[new.task][matrix], taken_of(near[new.task], matrix, axis), others[new.task]
+                    )
+                    for new in mine
+                    if matrix in new.ranks
+                }
+                chosen = isolation.arrange(matrix, axis, newcomers, self._key(matrix))
+                for task, indices in chosen.items():
+                    found[task][matrix] = indices
+        return found
+
+    def _key(self, matrix: Matrix) -> tuple[object, ...]:
+        """What the order of a matrix's channels depends on."""
+        return self.seed, self.geometry.digest, matrix.module
+
+    def _near(self, new: _New) -> list[Holding]:
+        """Those whose channels a new task must not have."""
+        return [h for h in self.holdings if h.task is None or not h.compositions.isdisjoint(new.compositions)]
 
     def _full(self, new: _New, matrix: Matrix, rank: int, taken: npt.NDArray[np.bool_], order: Sequence[_New]) -> str:
         """Why a task does not fit: the tasks that all meet and need more than there is, where that is the reason."""
@@ -300,7 +374,7 @@ class _Plan:
     def _fits_other(self, new: _New, order: Sequence[_New]) -> bool:
         """Whether the other variant has room for a task and, as if all of them met, for those asked for with it."""
         axis = own_axis(new.variant)
-        near = [h for h in self.holdings if h.task is None or not h.compositions.isdisjoint(new.compositions)]
+        near = self._near(new)
         own, other = held_on(near, axis), held_on(near, 1 - axis)
         return all(
             sum(each.ranks.get(matrix, 0) for each in order)

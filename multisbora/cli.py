@@ -10,9 +10,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from .cli_composed import crosstalk, tune
 from .cli_merged import add, apply, diff, merge, remove, reweight, verify
 from .cli_registry import registry_app
-from .cli_train import train
+from .cli_train import measure, train
 from .distributed import first_to_fail
 from .errors import MultisboraError, UsageError
 from .terminal import (
@@ -134,11 +135,16 @@ def allocate(
         bool,
         typer.Option("--reallocate", help="Give tasks that are not trained other indices where they are in the way."),
     ] = False,
+    strategy: Annotated[
+        str | None,
+        typer.Option("--strategy", help="random, or isolated: channels that suit a task's rows and not the others'."),
+    ] = None,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
     """Give each task its own region of every target matrix. Again gives the same; all tasks or none."""
-    from .lifecycle import allocate_tasks, read_compositions
+    from .allocating import allocate_tasks, read_compositions
+    from .commands import quiet_libraries
     from .project import Project
 
     if tasks is None and compositions is None:
@@ -148,10 +154,17 @@ def allocate(
     if composition is not None and compositions is not None:
         raise UsageError("--composition names one composition and --compositions a file of several: give one of them")
 
-    project = Project.load(variant=variant, rank=rank, composition=composition)
+    project = Project.load(variant=variant, rank=rank, composition=composition, strategy=strategy)
     several = read_compositions(compositions) if compositions is not None else None
     found = allocate_tasks(
-        project, split(tasks) or [], several, split_targets(targets), reallocate, dry_run=dry_run, say=say
+        project,
+        split(tasks) or [],
+        several,
+        split_targets(targets),
+        reallocate,
+        dry_run=dry_run,
+        say=say,
+        quiet=quiet_libraries,
     )
     rows = [("task", "variant", "rank", "matrices", "indices")]
     rows += [
@@ -170,8 +183,9 @@ def status(composition: Composition = None, as_json: Json = False) -> None:
     from .project import Project
 
     found = lifecycle.status(Project.load(composition=composition))
-    rows = [("task", "variant", "rank", "matrices", "stage", "adapter here")]
-    rows += [(t, s["variant"], s["rank"], s["matrices"], s["stage"], s["adapter"]) for t, s in found["tasks"].items()]
+    rows = [("task", "variant", "rank", "matrices", "rows measured", "stage", "adapter here")]
+    keys = ("variant", "rank", "matrices", "measured", "stage", "adapter")
+    rows += [(task, *(state[key] for key in keys)) for task, state in found["tasks"].items()]
     others: list[tuple[object, ...]] = [("composition", "tasks", "more that fit")]
     others += [(name, len(c["tasks"]), c["line"]) for name, c in found["compositions"].items()]
     axes = [("kind", "axis", "size", "claimed", "free")]
@@ -203,10 +217,11 @@ def release(
     show(result, as_json, [f"{verb} the claims of {task} in composition {project.composition}"])
 
 
+app.command()(measure)
 app.command()(train)
 
 
-for command in (merge, verify, add, remove, reweight, diff, apply):
+for command in (crosstalk, tune, merge, verify, add, remove, reweight, diff, apply):
     app.command()(command)
 
 

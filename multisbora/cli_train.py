@@ -12,7 +12,10 @@ from .errors import TrainingError, UsageError
 from .terminal import Composition, DryRun, Json, OneTask, Set, Tasks, say, show, split, table
 
 if TYPE_CHECKING:
+    from .moments import Moments
     from .project import Project
+
+_MEASURED = ("source", "rows", "tokens", "matrices", "channels")
 
 
 def train(
@@ -21,6 +24,15 @@ def train(
     max_steps: Annotated[int | None, typer.Option("--max-steps", help="Optimizer steps, in place of epochs.")] = None,
     quantization: Annotated[
         str | None, typer.Option("--quantization", help="Quantise the base to train on it: nf4 or int8.")
+    ] = None,
+    isolate: Annotated[
+        float | None,
+        typer.Option(
+            "--isolate",
+            metavar="STRENGTH",
+            help="Keep the update quiet on the rows of the other tasks of its compositions, which `multisbora measure` "
+            "has to have looked at: 0.5 weighs a nat that they lose about like one of its own; 0 is off.",
+        ),
     ] = None,
     composition: Composition = None,
     set_: Set = None,
@@ -50,7 +62,7 @@ def train(
     from .commands import quiet_libraries, train_task
     from .project import Project
 
-    flags = {"max_steps": max_steps, "quantization": quantization}
+    flags = {"max_steps": max_steps, "quantization": quantization, "isolate": isolate}
     overrides = [*(set_ or []), *(f"training.{key}={value}" for key, value in flags.items() if value is not None)]
     if (task is None) == (tasks is None):
         raise UsageError("name the task with --task, or several with --tasks")
@@ -75,6 +87,50 @@ def train(
     kept = "" if found.dev_loss is None else f", dev loss {found.dev_loss:.4f} at step {found.best_step}, which is kept"
     took = f"{found.seconds:.0f} s in this session"
     show(found.to_json(), as_json, [f"{found.adapter}: {line}, loss {found.loss:.4f}{kept}, {took}"])
+
+
+def measure(
+    tasks: Annotated[str, typer.Option("--tasks", help="Task names, separated by commas.")],
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of each task at most.")] = 128,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Plain text file that stands for the rows of tasks that have none.")
+    ] = None,
+    as_json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure what tasks' rows send through the base model, into the registry: what allocation and training go by.
+
+    One pass over the base, before a task is allocated or after it. Blocks of channels are measured for the claims that
+    there are: measure again when tasks join a composition.
+    """
+    from . import allocating
+    from .commands import quiet_libraries
+    from .project import Project
+
+    project, names = Project.load(), split(tasks) or []
+    found: dict[str, dict[str, object]] = {}
+
+    def note(moments: Moments) -> None:
+        channels = [len(site.channels) for site in moments.sites.values()]
+        found[moments.task] = {
+            "rows": moments.rows,
+            "tokens": moments.tokens,
+            "source": moments.source,
+            "matrices": len(channels),
+            "channels": sum(channels),
+            "base_fingerprint": moments.base_fingerprint,
+        }
+        say(f"measured task {moments.task}")
+
+    if dry_run:
+        quiet_libraries()
+        found = allocating.survey_tasks(project, names, rows, text, say).to_json()
+    else:
+        allocating.measure_tasks(
+            project, names, rows, text, dry_run=False, say=say, quiet=quiet_libraries, on_measured=note
+        )
+    shown = [(task, *(told[key] for key in _MEASURED)) for task, told in found.items()]
+    show(found, as_json, table([("task", *_MEASURED), *shown]))
 
 
 def _train_several(

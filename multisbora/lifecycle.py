@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .adapter import CONFIG_FILE, Adapter
-from .allocator import Allocation, allocate, matrix_ranks
+from .allocator import matrix_ranks
 from .checkpoint import RECEIPT_FILE
 from .errors import AdapterError, MissingRegistryError, RegistryError, UsageError
 from .names import check_name
@@ -20,10 +20,10 @@ from .region import own_axis
 from .registry import AXES, Registry
 from .registry.claims import Event, TaskClaims
 from .registry.ledger import Ledger
+from .registry.measured import Measured
 from .registry.reader import Reader
 from .registry.replay import digests
 from .room import Room, find_rooms
-from .settings import load_yaml
 
 if TYPE_CHECKING:
     from .registry.audit import Audit
@@ -66,51 +66,11 @@ def resolve_targets(project: Project, tasks: Sequence[str], targets: Any) -> Any
     return wanted[0] if wanted else targets or project.targets
 
 
-def read_compositions(path: Path) -> dict[str, list[str]]:
-    """Compositions and their tasks from a YAML file: a line `name: [task, task]` each.
-
-    Raises:
-        UsageError: no such file, no valid YAML, or something else in it than names.
-    """
-    found = load_yaml(path)
-    if not found:
-        raise UsageError(f"{path} names no composition: write a line `name: [task, task]` each")
-    for name, tasks in found.items():
-        if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
-            raise UsageError(f"{path}: composition {name!r} must have a list of task names, got {tasks!r}")
-    return found
-
-
-def allocate_tasks(
-    project: Project,
-    tasks: Sequence[str],
-    compositions: dict[str, list[str]] | None,
-    targets: Any,
-    reallocate: bool,
-    dry_run: bool,
-    say: Say,
-) -> Allocation:
-    """Claims for tasks in the project's composition, or for the tasks of several compositions."""
-    names = list(tasks) or list(dict.fromkeys(t for members in (compositions or {}).values() for t in members))
-    for name in names:
-        check_name(name, new_task=True)
-    target_modules = resolve_targets(project, names, targets)
-    geometry = project.geometry(say)
-    settings: dict[str, Any] = {
-        "variant": project.variant,
-        "rank": project.rank,
-        "composition": compositions if compositions is not None else project.composition,
-        "target_modules": target_modules,
-        "seed": project.seed,
-        "reallocate": reallocate,
-    }
-    return _write(project, dry_run, lambda registry: allocate(registry, geometry, tasks, dry_run=dry_run, **settings))
-
-
 def status(project: Project) -> dict[str, Any]:
     """`{"model", "composition", "tasks": {task: {...}}, "free": [{kind, axis, size, claimed, free}], "compositions"}`.
 
-    "compositions" are all those of the model: their tasks, and how many more of the project's kind fit into each.
+    "measured" is how many rows of a task its moments are of. "compositions" are all those of the model: their tasks,
+    and how many more of the project's kind fit into each.
     """
     geometry = project.geometry()
     registry = existing(project)
@@ -118,12 +78,14 @@ def status(project: Project) -> dict[str, Any]:
     known: dict[str, frozenset[str]] = {}
     taken: dict[tuple[str, int], int] = {}
     rooms: dict[str, Room] = {}
+    measured: dict[str, Measured] = {}
     if registry is not None:
         with registry:
             geometry = registry.named(geometry)
             claims = registry.claims(project.model_name, project.composition)
             with registry.reading() as reader:
                 known = {task: digests(reader, project.model_name, task) for task in claims}
+            measured = registry.measured(project.model_name)
             taken = registry.claimed(project.model_name, project.composition)
             ranks = matrix_ranks(geometry, variant=project.variant, rank=project.rank, target_modules=project.targets)
             rooms = find_rooms(registry, project.model_name, ranks, project.variant)
@@ -134,6 +96,7 @@ def status(project: Project) -> dict[str, Any]:
             "matrices": len(held.regions),
             "stage": held.stage,
             "adapter": _adapter_state(project, name, known[name]),
+            "measured": measured[name].rows if name in measured else 0,
         }
         for name, held in claims.items()
     }
@@ -243,7 +206,7 @@ def protect(
         wanted = {axis: {m.module: list(found) for m in matrices} for axis, found in given.items() if found}
     if not any(found for modules in wanted.values() for found in modules.values()):
         raise UsageError("no channel to protect: name some with --columns or --rows, or in a file with --channels")
-    return _write(project, dry_run, lambda registry: registry.protect(geometry, **wanted, dry_run=dry_run))
+    return write_registry(project, dry_run, lambda registry: registry.protect(geometry, **wanted, dry_run=dry_run))
 
 
 def unprotect(project: Project, dry_run: bool) -> int:
@@ -296,7 +259,7 @@ def import_(project: Project, path: Path, dry_run: bool) -> Imported:
         raise UsageError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
-    return _write(project, dry_run, lambda registry: snapshot.load(registry, text, dry_run=dry_run))
+    return write_registry(project, dry_run, lambda registry: snapshot.load(registry, text, dry_run=dry_run))
 
 
 def history(project: Project, task: str | None) -> list[Event]:
@@ -350,7 +313,7 @@ def _names(events: Sequence[Event], task: str) -> set[str]:
     return names
 
 
-def _write(project: Project, dry_run: bool, what: Callable[[Registry], Result]) -> Result:
+def write_registry(project: Project, dry_run: bool, what: Callable[[Registry], Result]) -> Result:
     """Do what may make the registry: tried in memory first, so that what cannot be done makes none."""
     registry = existing(project)
     if registry is None:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from . import geometry as geometries
-from .allocator import DEFAULT_TARGETS
+from .allocator import DEFAULT_TARGETS, Strategy
 from .cards import Card, read_card
 from .errors import UsageError
 from .geometry import Geometry
@@ -22,7 +22,7 @@ from .region import Variant
 from .settings import Strict, check, read_yaml, unfit
 
 PROJECT_FILE = "multisbora.yaml"
-_FLAGS = frozenset({"model", "variant", "rank", "targets", "composition"})
+_FLAGS = frozenset({"model", "variant", "rank", "targets", "composition", "strategy"})
 
 
 class Project(Strict):
@@ -34,6 +34,7 @@ class Project(Strict):
             left out: the hub id, as its geometry card spells it, or the folder's name.
         registry: database URL of the registry; a relative SQLite path is relative to the working folder.
         targets: target modules of tasks whose recipe names none.
+        strategy: how `allocate` chooses indices, see there.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Project(Strict):
     use_rslora: bool = False
     targets: tuple[str, ...] | str = DEFAULT_TARGETS
     seed: int = 0
+    strategy: Strategy = "random"
     recipes: str = "tasks"
     adapters: str = "adapters"
 

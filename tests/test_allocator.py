@@ -10,14 +10,18 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from builders import draw_moments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multisbora.allocator import Allocation, allocate
-from multisbora.errors import AllocationError, GeometryError, MultisboraError, RegistryError, UsageError
+from multisbora.errors import AllocationError, DataError, GeometryError, MultisboraError, RegistryError, UsageError
 from multisbora.geometry import Geometry, Matrix, from_card
+from multisbora.moments import Moments
 from multisbora.registry import Registry
+from multisbora.registry.audit import check
 from multisbora.registry.claims import TaskClaims
 
 SHAPES = {"q_proj": (24, 32), "k_proj": (8, 32), "down_proj": (32, 48)}
@@ -593,3 +597,228 @@ def test_protection_under_two_spellings_and_of_a_whole_axis(registry: Registry) 
         give(registry, "a", target_modules=["q_proj"])
     with pytest.raises(AllocationError, match="all of its 32 columns are other tasks' or protected"):
         give(registry, "a", variant="fb", target_modules=["q_proj"])
+
+
+def measured(tasks: Iterable[str], geometry: Geometry = GEOMETRY) -> dict[str, Moments]:
+    """Moments of tasks, each always the same."""
+    found = (draw_moments(geometry, task, seed=sum(task.encode()), tokens=48) for task in tasks)
+    return {moments.task: moments.without_blocks() for moments in found}
+
+
+def isolate(registry: Registry, *tasks: str, known: Iterable[str] = (), **options: Any) -> Allocation:
+    """Isolated indices, by moments of the tasks themselves and of those that are named."""
+    return give(registry, *tasks, **({"strategy": "isolated", "moments": measured({*tasks, *known})} | options))
+
+
+def heard(claims: dict[str, TaskClaims], known: dict[str, Moments]) -> float:
+    """What all others hear of each task, relative to what it says on its own rows, one unit a channel."""
+    total = 0.0
+    for task, held in claims.items():
+        for module, region in held.regions.items():
+            sites = {name: moments.sites[module] for name, moments in known.items()}
+            loud = {n: site.energy if held.variant == "fa" else site.response for n, site in sites.items()}
+            part = {n: (energy / energy.sum())[list(region.indices)] for n, energy in loud.items()}
+            total += sum(float((part[n] / part[task]).sum()) for n in claims if n != task)
+    return total
+
+
+@pytest.mark.parametrize("variant", ["fa", "fb"])
+def test_isolated_tasks_are_heard_less(registry: Registry, variant: str) -> None:
+    ranks = {"rank": 2, "variant": variant, "rank_pattern": {"down_proj": 5}}
+    at_random = [give(registry, *"abc", **ranks, seed=seed, dry_run=True).tasks for seed in range(8)]
+    found = isolate(registry, *"abc", **ranks).tasks
+    known = measured("abc")
+    assert heard(found, known) < 0.6 * min(heard(claims, known) for claims in at_random)
+    assert_disjoint(found)
+    assert registry.claims("tiny") == found
+    assert {m: r.rank for m, r in found["a"].regions.items()} == {
+        m: r.rank for m, r in at_random[0]["a"].regions.items()
+    }
+
+
+def test_isolated_claims_are_those_of_nobody_elses_order(registry: Registry) -> None:
+    """The order in which tasks are named, and moments are given, changes nothing."""
+    moments = measured("abc")
+    first = isolate(registry, *"abc", moments=moments, dry_run=True).tasks
+    turned = dict(reversed(moments.items()))
+    second = isolate(registry, *"cba", moments=turned, dry_run=True).tasks
+    assert {task: held.regions for task, held in second.items()} == {t: held.regions for t, held in first.items()}
+
+
+def test_isolated_again_gives_the_same_and_needs_no_moments(registry: Registry) -> None:
+    dry = isolate(registry, "a", "b", dry_run=True)
+    assert registry.models() == {}
+    first = isolate(registry, "a", "b")
+    assert first == dry
+    events = registry.events()
+    assert isolate(registry, "a", "b", moments={}) == first
+    assert give(registry, "b", "a").tasks["a"] == first.tasks["a"]
+    assert isolate(registry, "a", "b", seed=5, moments=measured("xb")).tasks == first.tasks
+    assert registry.events() == events
+
+
+def test_tasks_that_come_later_are_quiet_on_those_that_are_there(registry: Registry) -> None:
+    give(registry, "old", target_modules=["q_proj"])
+    before = registry.claims("tiny")
+    with pytest.raises(DataError, match="there are none of old: run multisbora measure --tasks old where the rows"):
+        isolate(registry, "a", target_modules=["q_proj"])
+    with pytest.raises(DataError, match="there are none of a, old: run multisbora measure --tasks a,old"):
+        isolate(registry, "a", target_modules=["q_proj"], moments={})
+    assert registry.claims("tiny") == before
+    moments = measured(["old", "a"])
+    found = isolate(registry, "a", target_modules=["q_proj"], moments=moments).tasks["a"]
+    for module, region in found.regions.items():
+        own, others = (moments[task].sites[module].energy.astype(float) for task in ("a", "old"))
+        own, others = own / own.mean(), others / others.mean()
+        worth = own / (own + others + 0.01)
+        worth[list(before["old"].regions[module].indices)] = -1
+        assert set(region.indices) == set(np.argsort(-worth)[:4].tolist())
+    assert registry.claims("tiny")["old"] == before["old"]
+    elsewhere = isolate(registry, "a", composition="elsewhere", target_modules=["q_proj"], moments={})
+    assert elsewhere.tasks["a"].regions == found.regions
+
+
+def test_room_is_left_for_tasks_that_may_come(registry: Registry) -> None:
+    """Who was measured and holds nothing yet counts as met; who holds claims in other compositions alone does not."""
+    first = isolate(registry, "a", known="b", dry_run=True).tasks["a"]
+    together = isolate(registry, "a", "b", dry_run=True).tasks["a"]
+    alone = isolate(registry, "a", dry_run=True).tasks["a"]
+    assert first.regions != alone.regions
+    shared = [
+        len(set(first.regions[module].indices) & set(region.indices)) for module, region in together.regions.items()
+    ]
+    assert sum(shared) > 20  # of 24: b takes some that both would like
+    isolate(registry, "b", composition="elsewhere")
+    assert isolate(registry, "a", known="b").tasks["a"].regions == alone.regions
+
+
+def test_isolated_tasks_that_never_meet_share_indices(registry: Registry) -> None:
+    pairs = {f"c{n}": [f"a{n}", f"b{n}"] for n in range(12)}
+    moments = measured(name for pair in pairs.values() for name in pair)
+    found = allocate_all(registry, pairs, strategy="isolated", moments=moments)
+    assert len(found.tasks) == 24 and len(blocks(found.tasks.values())) == 2
+    assert found.compositions["c3"].more_tasks == 6
+    for a, b in pairs.values():
+        assert_disjoint({task: found.tasks[task] for task in (a, b)})
+
+
+def test_isolated_tasks_fit_wherever_random_ones_do(registry: Registry) -> None:
+    """60 tasks in overlapping compositions, of which one is full to the last column, and one more that does not fit."""
+    geometry = from_card("SmolLM2-135M")
+    names = [f"t{n:02}" for n in range(60)]
+    compositions = {f"c{n:02}": [names[(5 * n + step) % 60] for step in range(15)] for n in range(12)}
+    compositions["c00"] += ["t20", "t25", "t30"]
+    options: dict[str, Any] = {"composition": compositions, "rank": 32, "target_modules": r".*\.0\.self_attn\.q_proj"}
+    one = Geometry(geometry.model, "llama", (geometry.find("model.layers.0.self_attn.q_proj"),))
+    moments = measured([*names, "one-more"], one)
+    found = allocate(registry, one, names, strategy="isolated", moments=moments, **options)
+    for tasks in compositions.values():
+        assert_disjoint({task: found.tasks[task] for task in tasks})
+    assert len(blocks(found.tasks.values(), "model.layers.0.self_attn.q_proj")) == 18
+    options |= {"composition": "c00", "strategy": "isolated", "moments": moments}
+    with pytest.raises(AllocationError, match="19 tasks that all meet each other need 608"):
+        allocate(registry, one, ["one-more"], **options)
+
+
+def test_isolated_tasks_leave_protected_channels_alone(registry: Registry) -> None:
+    q = "model.layers.0.q_proj"
+    wanted = isolate(registry, "a", known="b", dry_run=True).tasks["a"].regions[q].indices
+    registry.protect(GEOMETRY, columns={q: list(wanted[:3])})
+    found = isolate(registry, "a", known="b").tasks["a"].regions[q].indices
+    assert not set(found) & set(wanted[:3]) and wanted[3] in found
+    give(registry, *"cdefgh", target_modules=["q_proj"])
+    with pytest.raises(AllocationError, match="q_proj has 29 columns to give"):
+        isolate(registry, "b", known="acdefgh", target_modules=["q_proj"])
+
+
+def test_isolated_variants_mix(registry: Registry) -> None:
+    isolate(registry, "a", known="b")
+    isolate(registry, "b", variant="fb", rank=2, known="a")
+    claims = registry.claims("tiny")
+    assert_disjoint(claims)
+    for module, region in claims["b"].regions.items():
+        assert region.excluded == claims["a"].regions[module].indices
+
+
+def test_isolated_tasks_can_be_moved(registry: Registry) -> None:
+    """Tasks of both variants get new indices in one call, each on its own axis."""
+    isolate(registry, "a", "b", target_modules=["q_proj"])
+    isolate(registry, "x", composition="second", known="ab", target_modules=["q_proj"])
+    give(registry, "x", composition="third", target_modules=["q_proj"])
+    isolate(registry, "y", composition="third", variant="fb", rank=2, known="xab")
+    with pytest.raises(AllocationError):
+        isolate(registry, "x", known="ab", target_modules=["q_proj"])
+    registry.mark(registry.task("tiny", "x", "second"), "trained")
+    found = isolate(registry, "x", known="aby", target_modules=["q_proj"], reallocate=True)
+    assert set(found.moved) <= {"a", "b"} and found.moved
+    assert_disjoint(registry.claims("tiny"))
+    assert_disjoint(registry.claims("tiny", "third"))
+
+
+def test_the_history_says_what_a_choice_rests_on(registry: Registry) -> None:
+    give(registry, "old")
+    isolate(registry, "a", "b", known=["old", "later"])
+    chosen = [event for event in registry.events() if event.action == "choose"]
+    assert [event.task for event in chosen] == ["a", "b"]
+    assert chosen[0].detail == {
+        "strategy": "isolated",
+        "rows": 4,
+        "tokens": 48,
+        "source": "task",
+        "others": ["b", "later", "old"],
+    }
+    registry.rename("tiny", "a", "c")
+    assert check(registry).ok
+
+
+def test_strategies_that_make_no_sense(registry: Registry) -> None:
+    with pytest.raises(UsageError, match="strategy 'best' is unknown: use random or isolated"):
+        give(registry, "a", strategy="best")
+    with pytest.raises(UsageError, match="random indices do not depend on moments"):
+        give(registry, "a", moments=measured("a"))
+    with pytest.raises(DataError, match="isolated indices of task a need moments, and there are none of a: run multi"):
+        give(registry, "a", strategy="isolated")
+    with pytest.raises(DataError, match="task a were measured on a model with other matrices than tiny"):
+        isolate(registry, "a", moments=measured("a", tiny(3)))
+    with pytest.raises(DataError, match=r"task a lack model\.layers\.1\.q_proj: .*leave that matrix out"):
+        few = draw_moments(GEOMETRY, "a", target_modules=r".*(0\.q_proj|k_proj|down_proj)")
+        isolate(registry, "a", known="b", moments={"a": few, **measured("b")})
+    assert registry.models() == {}
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sets(st.sampled_from("abcdef"), min_size=1, max_size=3),
+            st.sampled_from(["fa", "fb"]),
+            st.integers(1, 6),
+            st.sampled_from(["one", "two"]),
+            st.sampled_from([["q_proj"], ["k_proj", "down_proj"], "all-linear"]),
+            st.sampled_from(["random", "isolated", "release"]),
+        ),
+        max_size=6,
+    )
+)
+def test_either_strategy_is_refused_where_the_other_is(steps: list[tuple[Any, ...]]) -> None:
+    """Whatever came before: room does not depend on how indices are chosen, and every composition stays disjoint."""
+    moments = measured("abcdef")
+    with Registry.open("sqlite://") as registry:
+        for tasks, variant, rank, composition, targets, what in steps:
+            options = {"variant": variant, "rank": rank, "composition": composition, "target_modules": targets}
+            if what == "release":
+                if tasks & registry.claims("tiny", composition).keys():
+                    registry.release("tiny", min(tasks & registry.claims("tiny", composition).keys()), composition)
+                continue
+            outcomes = []
+            for strategy, dry_run in (("random", True), ("isolated", True), (what, False)):
+                chosen = {"strategy": strategy} | ({"moments": moments} if strategy == "isolated" else {})
+                try:
+                    give(registry, *sorted(tasks), **options, **chosen, dry_run=dry_run)
+                    outcomes.append("")
+                except AllocationError as error:
+                    outcomes.append(str(error))
+            assert len(set(outcomes)) == 1
+        for name in ("one", "two"):
+            assert_disjoint(registry.claims("tiny", name))
+        assert check(registry).ok

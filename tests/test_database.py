@@ -241,6 +241,22 @@ def test_the_migration_makes_the_digest_of_today() -> None:
         assert migration._digest(rows, "linear") == Geometry("x", "llama", matrices).digest
 
 
+def test_a_store_without_moments_is_migrated_and_keeps_everything(store_url: str) -> None:
+    fill(store_url, "math", "code")
+    with Registry.open(store_url) as registry:
+        before = (registry.claims("tiny"), registry.events())
+    with sa.create_engine(store_url, poolclass=sa.NullPool).begin() as connection:  # as schema 0002 was
+        for table in ("moments", "measurements"):
+            connection.exec_driver_sql(f"DROP TABLE {table}")
+            if connection.dialect.name == "postgresql":
+                connection.exec_driver_sql(f"DROP FUNCTION {table}_no_truncate()")
+        connection.exec_driver_sql(f"UPDATE {VERSION_TABLE} SET version_num = '0002'")
+    with Registry.open(store_url, create=False) as registry:
+        assert (registry.claims("tiny"), registry.events()) == before
+        assert registry.measured("tiny") == {} and registry.moments("tiny", "math") is None
+        assert check(registry).problems == ()
+
+
 def test_a_migration_that_fails_leaves_the_store_as_it_was(tmp_path: Path) -> None:
     first_store(url(tmp_path))
     with raw(tmp_path) as connection:
@@ -277,6 +293,32 @@ def test_many_that_open_a_first_store_at_once(store_url: str) -> None:
     for thread in threads:
         thread.join()
     assert problems == []
+
+
+def test_a_reader_waits_for_a_migration_that_takes_its_table_away(postgresql_url: str) -> None:
+    """It has seen the table of versions of the first schema, and waits to read it until it is gone."""
+    first_store(postgresql_url)
+    opened: list[object] = []
+
+    def open_it() -> None:
+        try:
+            with Registry.open(postgresql_url) as registry:
+                opened.append(len(registry.claims("tiny", "one")))
+        except RegistryError as error:
+            opened.append(error)
+
+    engine = sa.create_engine(postgresql_url, poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(0x6D756C7469)")  # as the one who migrates
+        connection.exec_driver_sql("LOCK TABLE multisbora_schema IN ACCESS EXCLUSIVE MODE")
+        thread = threading.Thread(target=open_it)
+        thread.start()
+        thread.join(1)
+        assert thread.is_alive()
+        database._upgrade(connection, "0001", "it")
+        connection.commit()
+    thread.join()
+    assert opened == [3]
 
 
 @pytest.mark.parametrize("statement", [f"UPDATE {VERSION_TABLE} SET version_num = '9999'"])

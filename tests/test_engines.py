@@ -70,8 +70,8 @@ def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with contextlib.chdir(folder) if sys.version_info >= (3, 11) else _chdir(folder):
+        from multisbora.allocating import allocate_tasks
         from multisbora.commands import train_task
-        from multisbora.lifecycle import allocate_tasks
 
         project = Project.load()
         allocate_tasks(project, TASKS, None, None, False, dry_run=False, say=lambda message: None)

@@ -20,7 +20,9 @@ import sqlalchemy as sa
 from ..errors import MultisboraError, RegistryError
 from ..names import check_name
 from ..region import VARIANTS, own_axis
-from .ledger import LARGEST_AXIS, LONGEST, is_text
+from . import measured
+from .ledger import LARGEST_AXIS
+from .lines import LONGEST, is_text
 from .replay import disagreements
 from .rows import Holder, Rows, Stored, geometry_digests, read, shown
 from .schema import claims
@@ -28,7 +30,7 @@ from .storage import faults
 from .store import AXES, Registry
 
 # The worst first: what is found of one kind is told before anything of the next.
-_KINDS = ("storage", "rows", "owners", "claims", "regions", "roles", "names", "history")
+_KINDS = ("storage", "rows", "owners", "claims", "regions", "roles", "names", "history", "moments")
 _MOST = 20  # problems that are told of one kind
 _CLAIM = re.compile(r"[-0-9:,]*")
 _Pairs = npt.NDArray[np.int64]
@@ -99,7 +101,7 @@ def check_in(connection: sa.Connection, *, storage: bool = True) -> Audit:
     """The same in a transaction that is open already, which sees its own writes.
 
     Args:
-        storage: whether to look beneath the rows too: at files, keys and guards.
+        storage: whether to look beneath the rows too, at files, keys and guards, and at moments, beside them.
     """
     found = _Found()
     rows = Rows({}, {}, {}, {}, {}, {}, {}, {})
@@ -117,6 +119,8 @@ def check_in(connection: sa.Connection, *, storage: bool = True) -> Audit:
         _check_roles(rows, found)
         for problem in disagreements(rows):
             found.add("history", problem)
+        for problem in measured.faults(connection) if storage else ():
+            found.add("moments", problem)
     except sa.exc.DBAPIError as error:
         if error.connection_invalidated:
             raise

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from ..errors import AllocationError, MissingRegistryError, RegistryError
 from .schema import metadata
 
-HEAD = "0002"  # the newest revision in migrations/versions
+HEAD = "0003"  # the newest revision in migrations/versions
 VERSION_TABLE = "multisbora_schema_version"
 _FIRST_VERSION_TABLE = "multisbora_schema"  # of stores made before there were migrations; their schema is revision 0001
 BUSY_SECONDS = 60  # how long a writer waits for the writers before it
@@ -35,6 +35,7 @@ _LOCK_TIMEOUT = "55P03"
 _CROSSED_WRITERS = frozenset({"40001", "40P01"})  # serialization failure, deadlock
 _NO_RIGHT = frozenset({"25006", "42501"})  # read-only transaction, no privilege
 _DISK_FULL = "53100"
+_NO_TABLE = "42P01"
 _SHUT_DOWN = frozenset({"57P01", "57P02", "57P03"})
 
 # SQLite's write-ahead log is shared memory between processes, which these do not share between hosts.
@@ -160,13 +161,13 @@ class Database:
     def _migrate(self, create: bool) -> None:
         deadline = time.monotonic() + BUSY_SECONDS
         while True:
-            with self.connect() as connection:
-                version = self._version(connection)
-            if version == HEAD:
-                return
-            if version is None and not create:
-                raise MissingRegistryError(f"registry {self.where} is empty: run multisbora allocate first")
             try:
+                with self.connect() as connection:
+                    version = self._version(connection)
+                if version == HEAD:
+                    return
+                if version is None and not create:
+                    raise MissingRegistryError(f"registry {self.where} is empty: run multisbora allocate first")
                 with self.connect(write=True, patience=MIGRATION_PATIENCE) as connection:
                     version = self._version(connection)
                     if version != HEAD:
@@ -180,12 +181,12 @@ class Database:
         """The revision of the tables that are there; None where there are none of ours."""
         present = set(sa.inspect(connection).get_table_names())
         if VERSION_TABLE in present:
-            versions = connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalars().all()
+            versions = self._numbers(connection, "version_num", VERSION_TABLE)
             if len(versions) == 1 and re.fullmatch("(?!0000)[0-9]{4}", str(versions[0])):
                 return str(versions[0])
             raise self._damaged(VERSION_TABLE, versions)
         if _FIRST_VERSION_TABLE in present:
-            numbers = connection.exec_driver_sql(f"SELECT version FROM {_FIRST_VERSION_TABLE}").scalars().all()
+            numbers = self._numbers(connection, "version", _FIRST_VERSION_TABLE)
             if numbers == [1]:
                 return "0001"
             raise self._damaged(_FIRST_VERSION_TABLE, numbers)
@@ -196,6 +197,15 @@ class Database:
                 f"registry {self.where} is a database of something else (table {min(foreign)}): give another one"
             )
         return None
+
+    def _numbers(self, connection: sa.Connection, column: str, table: str) -> Sequence[object]:
+        try:
+            return connection.exec_driver_sql(f"SELECT {column} FROM {table}").scalars().all()
+        except sa.exc.ProgrammingError as error:
+            # PostgreSQL lets a reader wait for a migration that drops the table which the reader has seen.
+            if _sqlstate(error) == _NO_TABLE:
+                raise _BusyError(f"registry {self.where} is being migrated by another process: try again") from error
+            raise
 
     def _damaged(self, table: str, versions: Sequence[object]) -> RegistryError:
         there = ", ".join(str(version)[:20] for version in versions[:3]) or "none"

@@ -20,7 +20,8 @@ from ..errors import UsageError
 from ..names import check_name
 from ..region import VARIANTS, Variant, own_axis
 from .claims import Event
-from .ledger import LARGEST_AXIS, LONGEST, TIME, detail_fault, is_text
+from .ledger import LARGEST_AXIS
+from .lines import LONGEST, TIME, detail_fault, is_text
 from .rows import shown
 
 FORMAT = 1

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import getpass
-import hashlib
-import json
-import math
 import os
-import re
 import socket
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 
 from ..errors import RegistryError, UsageError
 from ..geometry import Geometry
+from ..moments import Moments
 from ..region import Variant, own_axis
+from . import measured
 from .claims import TaskClaims
+from .lines import LONGEST, detail_text, is_text, protection
 from .reader import STORED, Reader, joined
 from .schema import claims, compositions, events, matrices, memberships, models, regions, tasks, yields
 
-LONGEST = 1000  # characters of a text that is not the name of a task or composition
 LARGEST_AXIS = 2**24  # no model comes near, and what is sized by an axis stays small
-# An event's time as `record` writes it. What `datetime.fromisoformat` takes differs between versions of Python.
-TIME = re.compile(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\d\+00:00", re.ASCII)
-_LONGEST_KEY = 100  # characters of a key in an event's detail
-_DEEPEST = 8  # levels of an event's detail
 
 
 class Ledger(Reader):
@@ -156,6 +149,7 @@ class Ledger(Reader):
         if self._find(tasks, self._model(model), name) is not None:
             raise RegistryError(f"task {name!r} holds claims on {model} already: choose another name for {task!r}")
         self._connection.execute(tasks.update().where(tasks.c.id == task_id).values(name=name))
+        measured.rename(self._connection, self._model(model), task, name)
         self.record("rename", model, task=task, detail={"to": name})
 
     def mark(self, claimed: TaskClaims, stage: str, detail: Mapping[str, object] | None = None) -> None:
@@ -166,7 +160,7 @@ class Ledger(Reader):
             UsageError: a detail that is no JSON.
         """
         found = {**(detail or {}), "claim_digest": claimed.digest}
-        _json(stage, found)
+        detail_text(stage, found)
         now = self.memberships(claimed.model, claimed.task)
         if not now or next(iter(now.values())).digest != claimed.digest:
             raise RegistryError(
@@ -176,6 +170,14 @@ class Ledger(Reader):
         task_id = self._task(claimed.model, claimed.task)
         self._connection.execute(tasks.update().where(tasks.c.id == task_id).values(stage=stage))
         self.record(stage, claimed.model, claimed.composition, claimed.task, found)
+
+    def keep_moments(self, model: str, moments: Moments) -> None:
+        """Put what was measured of a task's rows in the place of what there is. No history, and no claim is needed.
+
+        Raises:
+            RegistryError: the model is not registered, or has other matrices.
+        """
+        measured.keep(self._connection, model, moments)
 
     def protect(self, model: str, axis: int, channels: Mapping[str, Sequence[int]]) -> None:
         """Keep channels from ever being owned: module -> rows (axis 0) or columns (axis 1), in every composition.
@@ -286,7 +288,7 @@ class Ledger(Reader):
             "model": model,
             "composition": composition,
             "task": task,
-            "detail": _json(action, detail or {}),
+            "detail": detail_text(action, detail or {}),
         }
         self._connection.execute(events.insert().values(**row))
 
@@ -349,47 +351,6 @@ class Ledger(Reader):
     def _insert(self, table: sa.Table, row: Mapping[str, object]) -> int:
         key = self._connection.execute(table.insert().values(**row)).inserted_primary_key
         return int(key[0])  # type: ignore[index]
-
-
-def is_text(value: object, longest: int = LONGEST) -> bool:
-    """Whether text is printable: without control characters, and halves of characters, which a database refuses."""
-    return isinstance(value, str) and 0 < len(value) <= longest and value.isprintable()
-
-
-def detail_fault(value: object, level: int = 1) -> str:
-    """Why something cannot be (in) the detail of an event: it is no JSON, or not such as a line has. "" if it can."""
-    if value is None or isinstance(value, str | bool | int | float):
-        return "holds a number out of range" if isinstance(value, float) and not math.isfinite(value) else ""
-    if not isinstance(value, dict | list | tuple):
-        return f"holds a {type(value).__name__}, which is no JSON"
-    if level > _DEEPEST:
-        return f"nests deeper than {_DEEPEST} levels"
-    for key in value if isinstance(value, dict) else ():
-        if not isinstance(key, str) or len(key) > _LONGEST_KEY or not key.isprintable():
-            return f"has key {repr(key)[:60]}, which is not printable text of at most {_LONGEST_KEY} characters"
-    inner = value.values() if isinstance(value, dict) else value
-    return next(filter(None, (detail_fault(element, level + 1) for element in inner)), "")
-
-
-def protection(axis: int, channels: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """What the history says of channels that are protected from now on: module -> rows (axis 0) or columns (axis 1)."""
-    content = json.dumps({module: sorted(indices) for module, indices in channels.items()}, sort_keys=True)
-    return {
-        "axis": ("rows", "columns")[axis],
-        "matrices": len(channels),
-        "channels": sum(map(len, channels.values())),
-        "digest": hashlib.sha256(content.encode()).hexdigest(),
-    }
-
-
-def _json(action: str, detail: Mapping[str, object]) -> str:
-    fault = detail_fault(dict(detail))
-    try:
-        if not fault:
-            return json.dumps(dict(detail), sort_keys=True, allow_nan=False)
-    except ValueError:
-        fault = "holds a whole number of too many digits"
-    raise UsageError(f"the detail of {action!r} for the registry's history {fault}: leave that out")
 
 
 def _user() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .ledger import LONGEST, TIME, detail_fault, is_text
+from .lines import LONGEST, TIME, detail_fault, is_text
 from .reader import Reader
 from .rows import Holder, Line, Rows, events_of, geometry_digests, shown
 

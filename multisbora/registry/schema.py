@@ -113,6 +113,37 @@ claims = sa.Table(
     sqlite_with_rowid=False,
 )
 
+# What was measured of a task's rows on the base model (`moments`). By name: a task is measured before it holds claims,
+# and what its rows say stays true once it gave them back. Nothing of this is history, or leads to a claim.
+measurements = sa.Table(
+    "measurements",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("model_id", sa.ForeignKey("models.id"), nullable=False),
+    sa.Column("task", sa.String(MAX_NAME), nullable=False),
+    sa.Column("base_fingerprint", sa.String(80), nullable=False),
+    sa.Column("row_count", sa.Integer, nullable=False),
+    sa.Column("token_count", sa.Integer, nullable=False),
+    sa.Column("source", sa.String(16), nullable=False),
+    sa.UniqueConstraint("model_id", "task"),
+    sa.CheckConstraint("row_count > 0"),
+    sa.CheckConstraint("token_count > 0"),
+    sa.CheckConstraint("source IN ('task', 'text')"),
+)
+
+# One row a matrix: "<f4" and "<i4" as they are in `moments.Site`; of the block, which is symmetric, the upper triangle.
+# It stands last, so that who reads energies alone need not pass through it.
+moments = sa.Table(
+    "moments",
+    metadata,
+    sa.Column("measurement_id", sa.ForeignKey("measurements.id"), primary_key=True),
+    sa.Column("matrix_id", sa.ForeignKey("matrices.id"), primary_key=True),
+    sa.Column("energy", sa.LargeBinary, nullable=False),
+    sa.Column("response", sa.LargeBinary, nullable=False),
+    sa.Column("channels", sa.LargeBinary, nullable=False),
+    sa.Column("block", sa.LargeBinary, nullable=False),
+)
+
 events = sa.Table(
     "events",
     metadata,

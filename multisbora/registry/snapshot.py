@@ -18,7 +18,8 @@ from . import schema
 from .audit import check_in
 from .claims import Event
 from .document import STAGES, Document, Holder, Model, content_name, parse, render
-from .ledger import Ledger, protection
+from .ledger import Ledger
+from .lines import protection
 from .reader import Reader
 from .rows import Rows, read
 from .store import AXES, Registry
@@ -55,7 +56,7 @@ class Imported:
 def export(registry: Registry) -> dict[str, Any]:
     """Everything that a registry says, as `dumps` writes it: the same in every store with the same content.
 
-    Compositions without a task are left out.
+    Compositions without a task are left out. So are moments, which are large, and can be measured again.
 
     Raises:
         RegistryError: the store does not hold what it should; `audit.check` tells all of it.

@@ -14,11 +14,14 @@ import sqlalchemy as sa
 
 from ..errors import AllocationError, RegistryError, UsageError
 from ..geometry import Geometry, Matrix
+from ..moments import Moments
 from ..names import check_name
 from ..region import own_axis
+from . import measured
 from .claims import Event, TaskClaims
 from .database import Database
 from .ledger import Ledger
+from .measured import Measured
 from .reader import Holding, Reader
 from .schema import models
 
@@ -153,6 +156,24 @@ class Registry:
             for axis in range(len(AXES))
             for module, indices in _protected(holdings, axis).items()
         }
+
+    def moments(self, model: str, task: str, *, channels: bool = True) -> Moments | None:
+        """What was measured of a task's rows, whether it holds claims or not; None where it was not measured.
+
+        Args:
+            channels: False leaves every block empty and reads none of its bytes: for allocation, which needs the
+                energies alone.
+
+        Raises:
+            RegistryError: they are damaged.
+        """
+        with self.reading() as ledger:
+            return measured.load(ledger.connection, model, task, channels)
+
+    def measured(self, model: str) -> dict[str, Measured]:
+        """Which tasks of a model were measured: their names, in alphabetical order, and what there is of each."""
+        with self.reading() as ledger:
+            return measured.measured(ledger.connection, model)
 
     def events(self) -> list[Event]:
         """The history of the store, oldest first."""

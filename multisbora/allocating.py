@@ -1,0 +1,209 @@
+"""What `allocate` and `measure` do in a project: claims for tasks, and the moments by which they can be chosen."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .allocator import Allocation, allocate
+from .errors import DataError, UsageError
+from .geometry import Geometry
+from .hub import local_folder
+from .journal import reading
+from .lifecycle import existing, resolve_targets, write_registry
+from .moments import Moments
+from .names import check_name
+from .project import Project
+from .recipe import names as recipe_names
+from .registry import Registry
+from .settings import load_yaml
+from .stream import fingerprint
+
+if TYPE_CHECKING:
+    from .survey import Survey
+
+Say = Callable[[str], None]
+_ROWS = 128  # of each task that is measured because its indices are asked for
+
+
+def read_compositions(path: Path) -> dict[str, list[str]]:
+    """Compositions and their tasks from a YAML file: a line `name: [task, task]` each.
+
+    Raises:
+        UsageError: no such file, no valid YAML, or something else in it than names.
+    """
+    found = load_yaml(path)
+    if not found:
+        raise UsageError(f"{path} names no composition: write a line `name: [task, task]` each")
+    for name, tasks in found.items():
+        if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
+            raise UsageError(f"{path}: composition {name!r} must have a list of task names, got {tasks!r}")
+    return found
+
+
+def allocate_tasks(
+    project: Project,
+    tasks: Sequence[str],
+    compositions: dict[str, list[str]] | None,
+    targets: Any,
+    reallocate: bool,
+    dry_run: bool,
+    say: Say,
+    quiet: Callable[[], None] = lambda: None,
+) -> Allocation:
+    """Claims for tasks in the project's composition, or for the tasks of several compositions.
+
+    Isolated indices need moments of the tasks. Those that nobody measured are measured now, after it is clear that the
+    tasks fit, from the rows of their recipes.
+
+    Raises:
+        DataError: moments of another base model; or of a task that is there already none, and its rows are not here.
+    """
+    names = list(tasks) or list(dict.fromkeys(t for members in (compositions or {}).values() for t in members))
+    for name in names:
+        check_name(name, new_task=True)
+    target_modules = resolve_targets(project, names, targets)
+    geometry = project.geometry(say)
+    settings: dict[str, Any] = {
+        "variant": project.variant,
+        "rank": project.rank,
+        "composition": compositions if compositions is not None else project.composition,
+        "target_modules": target_modules,
+        "seed": project.seed,
+        "reallocate": reallocate,
+    }
+
+    def write(dry_run: bool) -> Allocation:
+        return write_registry(
+            project, dry_run, lambda registry: allocate(registry, geometry, tasks, dry_run=dry_run, **settings)
+        )
+
+    if project.strategy == "isolated":
+        asked = compositions if compositions is not None else {project.composition: names}
+        moments = _find_moments(project, asked, write(dry_run=True).moved, dry_run, say, quiet)
+        settings |= {"strategy": project.strategy, "moments": moments}
+    return write(dry_run)
+
+
+def _find_moments(
+    project: Project,
+    asked: Mapping[str, Sequence[str]],
+    moved: Sequence[str],
+    dry_run: bool,
+    say: Say,
+    quiet: Callable[[], None],
+) -> dict[str, Moments]:
+    """What was measured of any task; of those that get indices now, and of those that these meet, it is if need be.
+
+    Args:
+        asked: compositions and the tasks that shall be in them.
+        moved: tasks that will be given other indices than they hold.
+
+    Returns:
+        {} where nobody gets any: nothing is read then.
+    """
+    model = project.model_name
+    registry = existing(project)
+    with registry or contextlib.nullcontext():
+        there = registry.compositions(model) if registry else {}
+        held = {task for members in there.values() for task in members}
+        members = {name: {*asked.get(name, ()), *there.get(name, ())} for name in (*asked, *there)}
+        new = {task for tasks in asked.values() for task in tasks} - held | set(moved)
+        if not new:
+            return {}
+        known = (
+            {task: registry.moments(model, task, channels=False) for task in registry.measured(model)}
+            if registry
+            else {}
+        )
+    found = {task: moments for task, moments in known.items() if moments is not None}
+    needed = new.union(*(tasks for tasks in members.values() if not tasks.isdisjoint(new)))
+    missing = sorted(needed - found.keys())
+    absent = [task for task in missing if task not in recipe_names(Path(project.recipes))]
+    if absent:
+        raise DataError(
+            f"isolated indices of {', '.join(sorted(new))} need moments of {', '.join(absent)}, whose rows are not "
+            f"here: run multisbora measure --tasks {','.join(absent)} where they are, or allocate with "
+            "--strategy random"
+        )
+    if missing:
+        say(f"measuring {', '.join(missing)}: isolated indices need moments of the tasks that meet")
+        found |= measure_tasks(project, missing, _ROWS, None, dry_run, say, quiet)
+        base_fingerprint = found[missing[0]].base_fingerprint
+    elif folder := local_folder(project.model):
+        base_fingerprint = fingerprint(folder, project.base_geometry(folder))
+    else:  # nothing is fetched for this: the weights of a large model are hours away
+        base_fingerprint = found[min(new)].base_fingerprint
+    for task in sorted(found):
+        if task in needed:
+            found[task].check_base(base_fingerprint)
+        elif found[task].base_fingerprint != base_fingerprint:
+            say(f"task {task} was measured on another base model: no room is left for it")
+            del found[task]
+    return found
+
+
+def survey_tasks(project: Project, tasks: Sequence[str], rows: int, text: Path | None, say: Say) -> Survey:
+    """What `measure_tasks` would measure: rows, tokens and channels of each task, without its model.
+
+    Raises:
+        UsageError, DataError: as `measure_tasks`.
+    """
+    from .survey import Survey
+
+    with existing(project) or contextlib.nullcontext() as registry:
+        return Survey.of(project, registry, tasks, rows=rows, text=text, say=say)
+
+
+def measure_tasks(
+    project: Project,
+    tasks: Sequence[str],
+    rows: int,
+    text: Path | None,
+    dry_run: bool,
+    say: Say,
+    quiet: Callable[[], None],
+    on_measured: Callable[[Moments], None] = lambda moments: None,
+) -> dict[str, Moments]:
+    """Measure what tasks' rows send through the base model, into the registry, which is made if it is not there.
+
+    Each task is kept as soon as it is measured, so what was interrupted need not be done again.
+
+    Args:
+        tasks: with claims or without; without, nothing is measured of how channels vary together.
+        rows: how many of each task at most.
+        text: a plain text file that stands for the rows of tasks that have none.
+        dry_run: measure, and keep nothing.
+        quiet: called before anything heavy is imported.
+        on_measured: called with each task's moments, blocks and all.
+
+    Returns:
+        What allocation reads of them: their blocks are empty, since all of them together can be large.
+
+    Raises:
+        UsageError: no task, or one without a recipe and no text.
+        DataError: rows that are missing or do not fit, or a base that gives values on them that are not finite.
+        RegistryError: the store cannot be used, or the model's name stands there for another geometry.
+    """
+    quiet()
+    survey = survey_tasks(project, tasks, rows, text, say)
+    if not dry_run:
+        write_registry(project, True, lambda registry: _keep(registry, survey.geometry, None))
+    found: dict[str, Moments] = {}
+    with reading(survey.base, say=say):
+        for moments in survey.measure(say):
+            if not dry_run:
+                with Registry.open(project.registry) as registry:
+                    _keep(registry, survey.geometry, moments)
+            on_measured(moments)
+            found[moments.task] = moments.without_blocks()
+    return found
+
+
+def _keep(registry: Registry, geometry: Geometry, moments: Moments | None) -> None:
+    with registry.transaction(dry_run=moments is None) as ledger:
+        ledger.register(geometry)
+        if moments is not None:
+            ledger.keep_moments(geometry.model, moments)

@@ -1,0 +1,99 @@
+"""Rows to look at a model with, and the batches in which it reads them: what measuring, tuning and crosstalk share."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .dataset import Example, Row, check_examples, encode, load_rows, pack, packs, pad, split
+from .errors import DataError
+from .recipe import Recipe
+
+BATCH_TOKENS = 2048
+Say = Callable[[str], None]
+
+
+def probe(recipe: Recipe, tokenizer: Any, rows: int, say: Say, *, least: int = 1) -> list[Example]:
+    """Examples of a task that are no test rows: its dev rows, which no adapter learned, or else training rows.
+
+    The same rows each time, drawn with the recipe's `training.seed`; those of a smaller number are among those of a
+    larger one. Examples are cut as in training.
+
+    Args:
+        rows: how many at most.
+        least: how many there must be.
+
+    Raises:
+        DataError: rows are missing or do not fit the recipe, most of them are cut, or too few are left.
+    """
+    known = [row for _, row in load_rows(recipe.train)]
+    dev = None if recipe.dev is None else [row for _, row in load_rows(recipe.dev)]
+    test = _test_rows(recipe)
+    parts = split(recipe, known, dev, test)
+    found = dict(parts.dev)
+    if not found:
+        say(f"task {recipe.name} has no dev rows: training rows stand for them; set dev_size to hold some out")
+        tested = {_asked(recipe, row) for row in test}
+        found = {number: row for number, row in parts.train.items() if _asked(recipe, row) not in tested}
+        if not found:
+            raise DataError(f"task {recipe.name}: all {len(known)} training rows are also test rows: name dev rows")
+    order = sorted(found)
+    random.Random(f"{recipe.training.seed} {recipe.name}").shuffle(order)
+    kind = "dev " if parts.dev else ""
+    encoded = encode(
+        recipe, {row: found[row] for row in order[:rows]}, tokenizer, recipe.training.cutoff, f"{kind}row".strip()
+    )
+    allowed = recipe
+    if 2 * encoded.truncated <= len(encoded.examples):  # a few rows can have more by chance than the run that learned
+        training = recipe.training.model_copy(update={"max_truncated": 0.5})
+        allowed = recipe.model_copy(update={"training": training})
+    check_examples(encoded, allowed, say, "dev " if parts.dev else "")
+    if len(encoded.examples) < least:
+        raise DataError(
+            f"task {recipe.name} has {len(encoded.examples)} rows to look at, and this needs {least}: give more"
+        )
+    return encoded.examples
+
+
+def _test_rows(recipe: Recipe) -> list[Row]:
+    try:
+        return [row for _, row in load_rows(recipe.eval.data)]
+    except DataError:  # training says so, who looks at a model has nothing to do with them
+        return []
+
+
+def _asked(recipe: Recipe, row: Row) -> str:
+    """A row's prompt, by which test rows are known again, white space and case aside."""
+    prompt, _ = recipe.fill({**row, recipe.target: ""}, f"a row of task {recipe.name}")
+    return " ".join(prompt.lower().split())
+
+
+def batches(
+    model: Any, examples: Sequence[Example], tokens: int = BATCH_TOKENS
+) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """(arguments of the model, labels that line up with its logits), in the order of the examples.
+
+    A batch holds examples of `tokens` tokens at most, padding included, or one example. They are packed where the model
+    keeps packed examples apart; `attention.use_packed_attention` makes that cheap.
+    """
+    packed = packs(model)
+    for group in _groups(examples, tokens, packed):
+        batch: dict[str, Any] = pack(group) if packed else pad(group, 0)
+        placed = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        labels = placed.pop("labels")
+        yield {**placed, "use_cache": False}, labels
+
+
+def _groups(examples: Sequence[Example], tokens: int, packed: bool) -> Iterator[list[Example]]:
+    group: list[Example] = []
+    for example in examples:
+        sizes = [len(other.input_ids) for other in (*group, example)]
+        if group and (sum(sizes) if packed else max(sizes) * len(sizes)) > tokens:
+            yield group
+            group = []
+        group.append(example)
+    if group:
+        yield group

@@ -1,0 +1,218 @@
+"""What was measured of tasks' rows (`moments`), in a registry's tables: by a task's name, with claims or without.
+
+Nothing here is history, and no claim rests on it: it can be measured again. So exports leave it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import sqlalchemy as sa
+
+from ..errors import DataError, RegistryError
+from ..moments import FLOATS, INTS, Moments, Site, pack_triangle, unpack_triangle
+from .reader import damaged
+from .schema import matrices, measurements, models, moments
+
+_EMPTY = sa.literal(b"")
+_BYTES = sa.types.NullType()  # SQLAlchemy's own type makes bytes of a number, and so would hide it
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What there is of one task's rows.
+
+    Attributes:
+        rows, tokens, source, base_fingerprint: as in `Moments`.
+        matrices: how many were measured.
+        channels: sum of the channels of all their blocks.
+    """
+
+    rows: int
+    tokens: int
+    source: str
+    base_fingerprint: str
+    matrices: int
+    channels: int
+
+
+def keep(connection: sa.Connection, model: str, found: Moments) -> None:
+    """Put a task's moments in the place of those that there are.
+
+    Raises:
+        RegistryError: the model is not registered, or has other matrices.
+    """
+    known = connection.execute(sa.select(models.c.id, models.c.geometry_digest).where(models.c.name == model)).first()
+    if known is None:
+        raise RegistryError(f"model {model!r} is not in the registry: run multisbora measure --tasks {found.task}")
+    columns = (matrices.c.module, matrices.c.id, matrices.c.out_features, matrices.c.in_features)
+    rows = connection.execute(sa.select(*columns).where(matrices.c.model_id == known.id))
+    ids = {(module, out_features, in_features): matrix_id for module, matrix_id, out_features, in_features in rows}
+    keys = {module: (module, len(site.response), len(site.energy)) for module, site in found.sites.items()}
+    wrong = [module for module, key in keys.items() if key not in ids]
+    if known.geometry_digest != found.geometry_digest or wrong:
+        which = f" ({wrong[0]})" if wrong else ""
+        raise RegistryError(
+            f"the moments of task {found.task} are of other matrices than those of {model} in the registry{which}: "
+            f"run multisbora measure --tasks {found.task} on that model"
+        )
+    _forget(connection, known.id, found.task)
+    row = {
+        "model_id": known.id,
+        "task": found.task,
+        "base_fingerprint": found.base_fingerprint,
+        "row_count": found.rows,
+        "token_count": found.tokens,
+        "source": found.source,
+    }
+    measurement = connection.execute(measurements.insert().values(**row)).inserted_primary_key
+    for module, site in found.sites.items():  # one by one: all of them together can be gigabytes
+        connection.execute(
+            moments.insert(),
+            {
+                "measurement_id": measurement[0],  # type: ignore[index]
+                "matrix_id": ids[keys[module]],
+                "energy": np.asarray(site.energy, FLOATS).tobytes(),
+                "response": np.asarray(site.response, FLOATS).tobytes(),
+                "channels": np.asarray(site.channels, INTS).tobytes(),
+                "block": pack_triangle(site.block),
+            },
+        )
+
+
+def rename(connection: sa.Connection, model_id: int, task: str, name: str) -> None:
+    """Let a task's moments go with it to another name, where they take the place of those that there are."""
+    mine = sa.and_(measurements.c.model_id == model_id, measurements.c.task == task)
+    if connection.execute(sa.select(measurements.c.id).where(mine)).first():
+        _forget(connection, model_id, name)
+        connection.execute(measurements.update().where(mine).values(task=name))
+
+
+def _forget(connection: sa.Connection, model_id: int, task: str) -> None:
+    mine = sa.and_(measurements.c.model_id == model_id, measurements.c.task == task)
+    of_mine = sa.select(measurements.c.id).where(mine)
+    connection.execute(moments.delete().where(moments.c.measurement_id.in_(of_mine)))
+    connection.execute(measurements.delete().where(mine))
+
+
+def load(connection: sa.Connection, model: str, task: str, channels: bool) -> Moments | None:
+    """A task's moments, or None where it was not measured.
+
+    Args:
+        channels: whether to read the blocks; else all of them are empty, and none of their bytes is read.
+
+    Raises:
+        RegistryError: they are damaged.
+    """
+    head = connection.execute(
+        sa.select(measurements, models.c.geometry_digest)
+        .join(models, models.c.id == measurements.c.model_id)
+        .where(models.c.name == model, measurements.c.task == task)
+    ).first()
+    if head is None:
+        return None
+    of_block = [moments.c.channels, moments.c.block] if channels else [_EMPTY, _EMPTY]
+    stored = [sa.type_coerce(column, _BYTES) for column in (moments.c.energy, moments.c.response, *of_block)]
+    rows = connection.execute(
+        sa.select(matrices.c.module, matrices.c.out_features, matrices.c.in_features, *stored)
+        .join(matrices, matrices.c.id == moments.c.matrix_id)
+        .where(moments.c.measurement_id == head.id)
+        .order_by(moments.c.matrix_id)
+    )
+    sites = {}
+    for module, out_features, in_features, *parts in rows:
+        site = _site(parts, out_features, in_features)
+        if site is None:
+            raise damaged(f"the moments of task {task!r} do not fit its matrix {module}")
+        sites[module] = site
+    try:
+        return Moments(
+            task=head.task,
+            base_fingerprint=head.base_fingerprint,
+            geometry_digest=head.geometry_digest,
+            rows=head.row_count,
+            tokens=head.token_count,
+            sites=sites,
+            source=head.source,
+        )
+    except DataError as error:
+        raise RegistryError(str(error)) from None
+
+
+def measured(connection: sa.Connection, model: str) -> dict[str, Measured]:
+    """Which tasks of a model were measured, by name, in alphabetical order."""
+    size = sa.func.coalesce(sa.func.sum(sa.func.length(moments.c.channels)), 0)
+    rows = connection.execute(
+        sa.select(measurements, sa.func.count(moments.c.matrix_id).label("sites"), size.label("bytes"))
+        .join(models, models.c.id == measurements.c.model_id)
+        .outerjoin(moments, moments.c.measurement_id == measurements.c.id)
+        .where(models.c.name == model)
+        .group_by(measurements.c.id)
+    )
+    found = {
+        row.task: Measured(
+            row.row_count,
+            row.token_count,
+            row.source,
+            row.base_fingerprint,
+            row.sites,
+            int(row.bytes) // INTS.itemsize,
+        )
+        for row in rows
+    }
+    return dict(sorted(found.items()))
+
+
+def faults(connection: sa.Connection) -> Iterator[str]:
+    """Rows that cannot be moments of their matrix, by their sizes, one line each. Their bytes are not read."""
+    sizes = [sa.func.length(column) for column in (moments.c.energy, moments.c.response, moments.c.channels)]
+    rows = connection.execute(
+        sa.select(
+            measurements.c.task,
+            models.c.name,
+            matrices.c.module,
+            matrices.c.out_features,
+            matrices.c.in_features,
+            matrices.c.model_id == measurements.c.model_id,
+            *sizes,
+            sa.func.length(moments.c.block),
+        )
+        .select_from(
+            moments.outerjoin(measurements, measurements.c.id == moments.c.measurement_id)
+            .outerjoin(models, models.c.id == measurements.c.model_id)
+            .outerjoin(matrices, matrices.c.id == moments.c.matrix_id)
+        )
+        .order_by(moments.c.measurement_id, moments.c.matrix_id)
+    )
+    for task, model, module, out_features, in_features, same, *found in rows:
+        count = (found[2] or 0) // INTS.itemsize
+        wanted = [in_features, out_features, count, count * (count + 1) // 2]
+        if None in wanted or not same or found != [FLOATS.itemsize * size for size in wanted]:
+            yield (
+                f"the moments of task {task!r} of {model} do not fit its matrix {module}: measure it again with "
+                f"multisbora measure --tasks {task}"
+            )
+
+
+def _site(parts: list[object], out_features: int, in_features: int) -> Site | None:
+    """The moments of one matrix from what is stored; None where that cannot be."""
+    energy, response, channels, block = parts
+    if not (
+        isinstance(energy, bytes)
+        and isinstance(response, bytes)
+        and isinstance(channels, bytes)
+        and isinstance(block, bytes)
+    ):
+        return None
+    size = len(channels) // INTS.itemsize
+    wanted = (in_features, out_features, size, size * (size + 1) // 2)
+    if [len(part) for part in (energy, response, channels, block)] != [FLOATS.itemsize * count for count in wanted]:
+        return None
+    return Site(
+        energy=np.frombuffer(energy, FLOATS),
+        response=np.frombuffer(response, FLOATS),
+        channels=np.frombuffer(channels, INTS),
+        block=unpack_triangle(block, size),
+    )

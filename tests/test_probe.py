@@ -1,0 +1,58 @@
+"""Rows to look at a model with: always the same, none of the test, and every one in exactly one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from commands import refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from multisbora import probe as module
+from multisbora.dataset import Example
+from multisbora.errors import DataError
+from multisbora.loading import load_tokenizer
+from multisbora.probe import batches, probe
+from multisbora.recipe import load
+
+
+def rows_of(found: Sequence[Example]) -> list[int]:
+    return [example.row for example in found]
+
+
+def test_the_same_rows_each_time_and_the_fewer_among_the_more(project: Path, base: Path) -> None:
+    recipe, tokenizer, said = load("adding", Path("tasks")), load_tokenizer(base), list[str]()
+    every = probe(recipe, tokenizer, 100, said.append)
+    assert sorted(rows_of(every)) == list(range(1, 13)) and rows_of(every) != sorted(rows_of(every))
+    assert said == ["task adding has no dev rows: training rows stand for them; set dev_size to hold some out"]
+    for rows in (1, 5, 12):
+        assert probe(recipe, tokenizer, rows, said.append) == every[:rows]
+    other = load("adding", Path("tasks"), ["training.seed=1"])
+    assert rows_of(probe(other, tokenizer, 100, said.append)) != rows_of(every)
+
+
+def test_dev_rows_alone(project: Path, base: Path) -> None:
+    recipe, tokenizer = load("adding", Path("tasks"), ["dev_size=4"]), load_tokenizer(base)
+    assert len(probe(recipe, tokenizer, 100, pytest.fail)) == 4
+    refused(lambda: probe(recipe, tokenizer, 3, pytest.fail, least=4), DataError, "has 3 rows to look at", "needs 4")
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=20), st.integers(1, 100), st.booleans())
+def test_every_example_is_in_one_batch(lengths: list[int], tokens: int, packed: bool) -> None:
+    examples = [Example(list(range(size)), 1, row) for row, size in enumerate(lengths, 1)]
+    model = SimpleNamespace(device=torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "packs", lambda _: packed)
+        found = list(batches(model, examples, tokens))
+    answers = 0
+    for inputs, labels in found:
+        ids = inputs["input_ids"]
+        assert ids.numel() <= tokens or ids.numel() in lengths
+        assert inputs["use_cache"] is False and "labels" not in inputs
+        answers += int((labels != -100).sum())
+    assert answers == sum(size - 1 for size in lengths)
