@@ -242,7 +242,15 @@ def _memory(
         else:
             spared = _spared(geometry, training.quantization, peak.base) if not on_gpu else 0
             known[key] = (peak.base if on_gpu else peak.peak - spared) + LIBRARY_BYTES
-    return known[key]
+    return known[key] + (_penalty(claims, geometry) if training.isolate else 0)
+
+
+def _penalty(claims: TaskClaims, geometry: Geometry) -> int:
+    """Bytes that isolated training keeps of other tasks' moments: one's as it was read, their sum, and its copy in the
+    model."""
+    fa = claims.variant == "fa"
+    sizes = (region.rank if fa else geometry.find(name).in_features for name, region in claims.regions.items())
+    return 3 * sum(4 * size**2 for size in sizes)
 
 
 def _spared(geometry: Geometry, quantization: str | None, base: int) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .adapter import Adapter
 from .allocator import DEFAULT_TARGETS, allocate, matrix_ranks
 from .distributed import is_first
-from .errors import AdapterError, AllocationError, CheckpointError, RegistryError, UsageError
+from .errors import AdapterError, AllocationError, CheckpointError, DataError, RegistryError, UsageError
 from .journal import editing, reading
 from .lifecycle import existing, required, resolve_targets
 from .memory import Peak, find_config, predict_peak
@@ -28,6 +28,8 @@ from .room import Room, find_rooms, room
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
+    from .moments import Moments
+    from .penalty import Penalty
     from .registry.claims import TaskClaims
     from .train import TrainResult
 
@@ -233,6 +235,7 @@ def train_task(
         if is_first() and not dry_run:
             _tell_trained(project, claims, output, say)
         return done
+    penalty = _penalty(project, claims) if recipe.training.isolate else None
     base = project.base(say)
     from .train import train
 
@@ -253,6 +256,7 @@ def train_task(
             use_rslora=project.use_rslora,
             geometry=project.base_geometry(base),
             deepspeed=deepspeed,
+            penalty=penalty,
             dry_run=dry_run,
             say=say,
             on_start=begin,
@@ -260,6 +264,35 @@ def train_task(
     if is_first() and not dry_run:
         _tell_trained(project, claims, output, say)
     return found
+
+
+def _penalty(project: Project, claims: TaskClaims) -> Penalty:
+    """What isolates a task from all others that share a composition with it.
+
+    Raises:
+        DataError: some of them were not measured, or not since claims changed.
+        UsageError: there are no others.
+    """
+    model, task = claims.model, claims.task
+    with required(project, task) as registry:
+        with registry.reading() as reader:
+            met = [tasks for tasks in reader.compositions(model).values() if task in tasks]
+        others = sorted({other for tasks in met for other in tasks} - {task})
+        known = registry.measured(model)
+        missing = [other for other in others if other not in known]
+
+        def measured(other: str) -> Moments:
+            found = None if missing else registry.moments(model, other)
+            if found is None:
+                raise DataError(
+                    f"task {task} is to be isolated from {', '.join(missing or [other])}, whose rows nobody has "
+                    f"measured: run multisbora measure --tasks {','.join(missing or [other])}"
+                )
+            return found
+
+        from .penalty import Penalty
+
+        return Penalty.of(claims, map(measured, others))
 
 
 def _done(output: Path, claims: TaskClaims) -> TrainResult | None:

@@ -123,9 +123,15 @@ class Processes:
         """Refuse what these processes cannot train, before anything is loaded.
 
         Raises:
-            UsageError: the batch cannot be divided, or a quantised base would have to be sharded.
+            UsageError: the batch cannot be divided, a quantised base would have to be sharded, or DeepSpeed would have
+                to train isolated.
         """
         self.micro_batch(training.batch_size, training.micro_batch_size)
+        if training.isolate and self.parallelism == "deepspeed":
+            raise UsageError(
+                f"DeepSpeed takes its step within backward, so that no penalty can be added (training.isolate "
+                f"{training.isolate:g}): train with plain data parallelism or FSDP2, or set training.isolate to 0"
+            )
         if training.quantization is not None and self.parallelism != "ddp":
             raise UsageError(
                 f"{_NAMES[self.parallelism]} does not shard bases that are quantised (training.quantization "

@@ -79,14 +79,17 @@ class Metrics(TrainerCallback):
         now, tokens = time.monotonic(), int(state.num_input_tokens_seen)
         speed = (tokens - self._clock[1]) / max(now - self._clock[0], 1e-9)
         self._clock = (now, tokens)
+        isolation = {key: logs[key] for key in ("isolation",) if key in logs}
+        shown = {key: f"{value:.3g}" for key, value in isolation.items()}
         self._write(
             state,
-            {"loss": f"{self.loss:.3f}", "tok/s": f"{speed:.0f}"},
+            {"loss": f"{self.loss:.3f}", **shown, "tok/s": f"{speed:.0f}"},
             loss=self.loss,
             learning_rate=logs.get("learning_rate"),
             grad_norm=logs.get("grad_norm"),
             tokens=tokens,
             tokens_per_second=round(speed, 1),
+            **isolation,
         )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:

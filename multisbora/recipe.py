@@ -62,6 +62,9 @@ class Training(Strict):
         quantization: train on a base quantised by bitsandbytes (QSBoRA): "nf4", 4-bit with double quantisation, or
             "int8". The base on disk stays what it is.
         max_grad_norm: a step's gradients are scaled down to this norm; .inf leaves them as they are.
+        isolate: strength of the penalty on what the update does on other tasks' rows, in nats a squared nat (see
+            `penalty`); 0 trains without. Where a model is about sure of its answers, half a squared nat is what a token
+            of theirs loses, so that 0.5 weighs a nat lost by another task like one of its own. An orientation, no more.
         eval_steps: steps from one look at the dev rows to the next, where the recipe has some. The last step has one
             too, and the adapter of the lowest dev loss is what is kept.
         early_stopping_patience: the run stops after so many looks at the dev rows without a lower loss; None never.
@@ -77,6 +80,7 @@ class Training(Strict):
     lr_scheduler: str = "linear"
     warmup_steps: int = Field(default=100, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
+    isolate: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=True)
     optimizer: str = "adamw_torch_fused"
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 PREFIX = ".sbora_"
 
@@ -18,6 +18,19 @@ PREFIX = ".sbora_"
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def add_up(found: Tensor, of: Tensor) -> Tensor:
+    """The sum over all processes of what each of them found from what it holds of a tensor.
+
+    Args:
+        found: this process's share of the sum; any shape.
+        of: the tensor. Where it is not spread, every process has all of it, and the sum already.
+    """
+    if not isinstance(of, DTensor):
+        return found
+    kinds = [Partial() if placement.is_shard() else Replicate() for placement in of.placements]
+    return DTensor.from_local(found, of.device_mesh, kinds).full_tensor()
 
 
 def whole(value: Any) -> Any:

@@ -25,6 +25,7 @@ from .distributed import Processes, hush
 from .errors import DataError, TrainingError, UsageError
 from .geometry import Geometry, from_checkpoint
 from .loading import load_base, load_config, load_tokenizer
+from .penalty import Penalty, check_penalty
 from .publish import check_output, publish
 from .quantization import record, widen
 from .recipe import Recipe
@@ -79,6 +80,7 @@ def train(
     use_rslora: bool = False,
     geometry: Geometry | None = None,
     deepspeed: str | os.PathLike[str] | None = None,
+    penalty: Penalty | None = None,
     dry_run: bool = False,
     say: Callable[[str], None] = lambda message: None,
     on_start: Callable[[], None] = lambda: None,
@@ -100,21 +102,25 @@ def train(
         alpha, use_rslora: scaling, see SboraConfig.
         geometry: of the base, where it is known already.
         deepspeed: a DeepSpeed config file.
+        penalty: what isolates the task from others, `Penalty.of(claims, moments)`: where the recipe's
+            `training.isolate` is above 0, and only there.
         dry_run: check base, claims and data, and return the steps and tokens of the run to come without starting it.
         say: told what a person should know on the way.
         on_start: called once, in process 0, when everything is checked and the run begins or goes on.
 
     Raises:
         UsageError: the recipe names an optimizer or a schedule that transformers does not have, its batch cannot be
-            divided among the processes, or their launcher asks for what cannot be had.
+            divided among the processes, their launcher asks for what cannot be had, or the penalty and
+            `training.isolate` do not go together.
         CheckpointError: the base cannot be read, or `output` is taken.
-        DataError: rows that are missing or do not fit, or too many of them cut off.
+        DataError: rows that are missing or do not fit, or too many of them cut off; a penalty of another base.
         TrainingError: the claims are another model's, an interrupted run had other settings, the loss is not finite, or
             the processes came up as something else than their launcher promised.
     """
     base, output = Path(base), Path(output)
     processes = Processes.promised(deepspeed=deepspeed)
     processes.check_recipe(recipe.training)
+    check_penalty(recipe, penalty)
     if not processes.first:
         say = hush
     if not dry_run:
@@ -130,6 +136,8 @@ def train(
                 "release and allocate again for this model"
             )
         base_print = fingerprint(base, geometry)
+        if penalty is not None:
+            penalty.check(claims, base_print)
         config = SboraConfig(
             task_type="CAUSAL_LM",
             variant=claims.variant,
@@ -156,7 +164,7 @@ def train(
             if processes.first:
                 held.enter_context(hold_run(run))
                 on_start()
-        return _run(recipe, base, claims, output, run, config, data, processes, say)
+        return _run(recipe, base, claims, output, run, config, data, penalty, processes, say)
 
 
 def _run(
@@ -167,6 +175,7 @@ def _run(
     run: Path,
     config: SboraConfig,
     data: _Data,
+    penalty: Penalty | None,
     processes: Processes,
     say: Callable[[str], None],
 ) -> TrainResult:
@@ -178,6 +187,7 @@ def _run(
         "claim_digest": config.claim_digest,
         "alpha": config.alpha,
         "use_rslora": config.use_rslora,
+        **({} if penalty is None else {"isolation_digest": penalty.digest}),
         **processes.settings,
     }
     checkpoint = published = None
@@ -223,7 +233,9 @@ def _run(
         model = peft.get_peft_model(base_model, config)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         dev = None if data.dev is None else data.dev.examples
-        trainer = TaskTrainer(model, recipe, run, data.train.examples, dev, processes, packed=packed, show=data.show)
+        trainer = TaskTrainer(
+            *(model, recipe, run, data.train.examples, dev, processes), packed=packed, show=data.show, penalty=penalty
+        )
     started = time.monotonic()
     try:
         with processes.connected():
@@ -249,6 +261,7 @@ def _run(
     with processes.agree():
         if processes.first:
             summary = settings | {"recipe": recipe.model_dump(mode="json"), "machine": machine}
+            summary |= {} if penalty is None else {"isolated_from": penalty.tasks}
             _publish(model, state, claims.model, run, output, summary, result, data)
     return result
 
@@ -256,6 +269,8 @@ def _run(
 def _effective(recipe: dict[str, Any]) -> dict[str, Any]:
     """What of a recipe's JSON an interrupted run needs to find again, to end as it would have."""
     training = {key: value for key, value in recipe["training"].items() if key != "save_steps"}
+    if not training.get("isolate"):  # runs that were interrupted before there was such a key go on
+        training.pop("isolate", None)
     return {key: value for key, value in recipe.items() if key not in _WITHOUT_EFFECT} | {"training": training}
 
 

@@ -22,6 +22,7 @@ from .dataset import Example, pack, pad
 from .distributed import Processes, StepBatches, use_cpu
 from .errors import TrainingError, UsageError
 from .metrics import Metrics
+from .penalty import LivePenalty, Penalty
 from .recipe import Recipe
 from .run import METRICS_FILE
 from .sharding import local, spread_adapter, spread_optimizer, whole, whole_adapter
@@ -45,6 +46,7 @@ class TaskTrainer(Trainer):
         dev: the examples to watch the run by, if there are any.
         packed: whether the model keeps packed examples apart; else batches are padded.
         show: the text of an example, for messages.
+        penalty: for isolated training, which the recipe's `training.isolate` asks for.
     """
 
     def __init__(
@@ -58,12 +60,14 @@ class TaskTrainer(Trainer):
         *,
         packed: bool,
         show: Callable[[Example], str],
+        penalty: Penalty | None = None,
     ) -> None:
         self.recipe, self.processes, self.packed, self.show = recipe, processes, packed, show
         self.metrics = Metrics(run / METRICS_FILE, recipe)
         self._pad_id = model.config.get_text_config().pad_token_id or 0
         self._tokens = 0
         self._losses: list[tuple[Tensor, list[int]]] = []  # of the micro-batches of this step, with their rows
+        self._penalty = None if penalty is None else LivePenalty(model, penalty, recipe.training.isolate)
         # Whole batches of similar length waste least where they have to be padded.
         self._dev = sorted(dev or [], key=lambda example: len(example.input_ids))
         super().__init__(
@@ -147,8 +151,19 @@ class TaskTrainer(Trainer):
         self._losses.append((loss, rows))
         if self.accelerator.sync_gradients:  # the step's last micro-batch
             self._check_losses()
+            if self._penalty is not None:
+                scaler = self.accelerator.scaler
+                self._penalty.add_gradient(
+                    None if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
+                )
             self._count_tokens()
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """A training loss is logged with the penalty of the values at that moment, as "isolation"."""
+        if self._penalty is not None and "loss" in logs:
+            logs["isolation"] = self._penalty.value()
+        super().log(logs, *args, **kwargs)
 
     def _check_losses(self) -> None:
         """The one place in a step that waits for the device.

@@ -14,6 +14,7 @@ A step is forward and backward of the model's own loss (next token, cross-entrop
 and nothing trained. Adapted are q, k, v, up and down, by every method at the same rank. Methods:
 
     fa, fb                 SBoRA, update in the base weight ("in place")
+    fa isolated, ...       the same with the gradient of `train --isolate` added, of blocks of random numbers
     fa gather, fb gather   SBoRA as the paper has it: sampled products beside the weight; the form of quantised bases
     lora                   PEFT's LoRA as get_peft_model makes it: adapter in fp32, computed in fp32
     lora 16 bit            the same with adapter, gradients and optimizer state in the base's 16-bit dtype
@@ -44,7 +45,21 @@ from pathlib import Path
 
 import torch
 from figures import Budget, Result, add_output_options, finish, named
-from methods import IN_PLACE, METHODS, MODEL, SHAPES, Case, Shape, adapt, fitted, load, make_step, twin, writes_in_place
+from methods import (
+    IN_PLACE,
+    ISOLATED,
+    METHODS,
+    MODEL,
+    SHAPES,
+    Case,
+    Shape,
+    adapt,
+    fitted,
+    load,
+    make_step,
+    twin,
+    writes_in_place,
+)
 
 
 def seconds(step: Callable[[], None], device: str) -> float:
@@ -66,7 +81,7 @@ def time_steps(case: Case, methods: Sequence[str], rounds: int, warm: int) -> di
     """{method: seconds of its step in each round}."""
     base = load(case)
     models = {method: adapt(twin(base, method), method, case.rank) for method in methods}
-    steps = {method: make_step(model, case) for method, model in models.items()}
+    steps = {method: make_step(model, case, method) for method, model in models.items()}
     taken: dict[str, list[float]] = {method: [] for method in methods}
     for number in range(-warm, rounds):
         shift = number % len(methods)
@@ -106,6 +121,7 @@ def step_result(case: Case, taken: dict[str, list[float]]) -> Result:
     # The budgets are of 16- and 32-bit bases; quantised ones have none.
     for method in () if case.nf4 else IN_PLACE:
         limits = {"frozen": 1.05} | ({"lora": 0.80, "dora": 0.61} if case.dtype == "bfloat16" else {})
+        limits = {ISOLATED[method]: 1.03} if method in ISOLATED else limits
         for peer, limit in limits.items():
             if method in taken and peer in taken:
                 budgets.append(Budget(f"step of {method} / {peer}", limit, ratios(taken, method, peer)[0]))
@@ -136,7 +152,7 @@ def resident(key: str) -> int:
 def measure_memory(case: Case, method: str, count: int = 3) -> int:
     """Bytes at the peak of `count` steps, in this process, above what it takes before the model is loaded."""
     tiny = dataclasses.replace(case, shape=Shape(64, 96, 2, 2, 1, 128, True), model=None, rank=4, batch=2, tokens=16)
-    warm = make_step(adapt(load(tiny), method, tiny.rank), tiny)
+    warm = make_step(adapt(load(tiny), method, tiny.rank), tiny, method)
     for _ in range(2):
         warm()
     del warm
@@ -148,7 +164,7 @@ def measure_memory(case: Case, method: str, count: int = 3) -> int:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
-    step = make_step(adapt(model, method, case.rank), case)
+    step = make_step(adapt(model, method, case.rank), case, method)
     for _ in range(count):
         step()
     return (torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")) - before
@@ -170,7 +186,7 @@ def memory_result(case: Case, methods: Sequence[str]) -> Result:
         rows.append([method, *(f"{value / 1e6:.0f}" for value in values), *(f"{ratio:.2f}" for ratio in over)])
         if "lora" in peaks:
             bars[method] = (over[0],) * 3
-            if method in IN_PLACE:
+            if method in IN_PLACE and method not in ISOLATED:
                 budgets.append(Budget(f"peak memory of {method} / lora", 0.78, over[0]))
     weights = "nf4" if case.nf4 else case.dtype
     name = named("memory" if weights == "bfloat16" else f"memory-{weights}", case.device)

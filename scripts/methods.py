@@ -14,11 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from multisbora import SboraConfig
+from multisbora.penalty import LivePenalty, Penalty
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-METHODS = ["frozen", "fa", "fa gather", "fb", "fb gather", "lora", "lora 16 bit", "lora A frozen", "dora", "shira"]
-IN_PLACE = ("fa", "fb")
+SBORA = ["fa", "fa isolated", "fa gather", "fb", "fb isolated", "fb gather"]
+METHODS = ["frozen", *SBORA, "lora", "lora 16 bit", "lora A frozen", "dora", "shira"]
+IN_PLACE = ("fa", "fb", "fa isolated", "fb isolated")
+ISOLATED = {"fa isolated": "fa", "fb isolated": "fb"}
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def adapt(base: Any, method: str, rank: int, targets: Sequence[str] = TARGETS) -
     if method == "frozen":
         base.enable_input_require_grads()
         return base
-    if method[:2] in IN_PLACE:
+    if method in SBORA:
         model = peft.get_peft_model(base, SboraConfig(variant=method[:2], alpha=2 * rank, **common))
         model.base_model.set_form("in_place" if method in IN_PLACE else "gather")
         return model
@@ -149,16 +152,31 @@ def adapt(base: Any, method: str, rank: int, targets: Sequence[str] = TARGETS) -
     return model
 
 
-def make_step(model: Any, case: Case) -> Callable[[], None]:
-    """A function that makes one step, as the head of this file defines it."""
+def make_penalty(model: Any) -> LivePenalty:
+    """The penalty of isolated training, with blocks of random numbers: what they are costs no time."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = {}
+    for name, layer in model.base_model.named_layers():
+        fa = layer.variant["default"] == "fa"
+        size = layer.sbora_indices["default"].numel() if fa else layer.in_features
+        square = torch.rand((size, size), generator=generator)
+        blocks[name] = (square + square.t()).numpy()
+    return LivePenalty(model, Penalty("", (), blocks), strength=1e-6)
+
+
+def make_step(model: Any, case: Case, method: str = "") -> Callable[[], None]:
+    """A function that makes one step, as the head of bench_train.py defines it."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (case.batch, case.tokens), generator=generator).to(case.device)
     labels = ids[:, -case.logits_to_keep :]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+    penalty = make_penalty(model) if method in ISOLATED else None
 
     def step() -> None:
         model(input_ids=ids, labels=labels, logits_to_keep=case.logits_to_keep).loss.backward()
+        if penalty is not None:
+            penalty.add_gradient()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()

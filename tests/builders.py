@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from multisbora.geometry import Geometry
+from multisbora.moments import Moments, Site
 
 SPECIAL = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
 VOCABULARY = len(SPECIAL) + 256
@@ -138,6 +139,38 @@ def write_adapter(
     }
     (folder / "adapter_config.json").write_text(json.dumps(content | config, indent=2), encoding="utf-8")
     return folder
+
+
+def draw_moments(
+    geometry: Geometry,
+    task: str,
+    *,
+    base_fingerprint: str = "of no base",
+    channels: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+    tokens: int = 64,
+    target_modules: Any = "all-linear",
+) -> Moments:
+    """Moments of random activations and gradients, some channels louder than others.
+
+    Args:
+        channels: module -> input channels of its block, sorted; None: all of them.
+    """
+    generator = np.random.default_rng(seed)
+    sites = {}
+    for matrix in geometry.select(target_modules):
+        x = generator.normal(0, generator.lognormal(0, 1, matrix.in_features), (tokens, matrix.in_features))
+        g = generator.normal(0, generator.lognormal(-2, 1, matrix.out_features), (tokens, matrix.out_features))
+        weighted = x * (g**2).sum(1, keepdims=True) ** 0.5
+        block = (weighted.T @ weighted / tokens).astype(np.float32)
+        chosen = np.arange(matrix.in_features) if channels is None else np.asarray(channels[matrix.module])
+        sites[matrix.module] = Site(
+            energy=np.diag(block).copy(),
+            response=(g**2).mean(0).astype(np.float32),
+            channels=chosen.astype(np.int32),
+            block=block[np.ix_(chosen, chosen)],
+        )
+    return Moments(task, base_fingerprint, geometry.digest, rows=4, tokens=tokens, sites=sites)
 
 
 def tree(folder: str | Path) -> dict[str, bytes]:

@@ -192,6 +192,7 @@ class Task(NamedTuple):
     base: str = "llama"
     stop: int | None = None
     dropout: float = 0.0
+    isolate: float = 0.0
 
 
 def draw_claims(base: Path) -> dict[str, Any]:
@@ -209,6 +210,18 @@ def draw_claims(base: Path) -> dict[str, Any]:
     return found
 
 
+def draw_penalty(base: Path, claims: Any) -> Any:
+    """What isolates a task from one whose moments are random."""
+    from builders import draw_moments
+
+    from multisbora.geometry import from_checkpoint
+    from multisbora.penalty import Penalty
+    from multisbora.stream import fingerprint
+
+    geometry = replace(from_checkpoint(base), model="owner/tiny")
+    return Penalty.of(claims, [draw_moments(geometry, "other", base_fingerprint=fingerprint(base, geometry))])
+
+
 def train_tasks(folder: Path, claims: dict[str, Any], *tasks: Task) -> Work:
     """Train tasks of `folder` into the working folder: fa in micro-batches of one, fb with dev rows.
 
@@ -221,14 +234,16 @@ def train_tasks(folder: Path, claims: dict[str, Any], *tasks: Task) -> Work:
         for task in tasks:
             micro, dev_size = (1, None) if task.variant == "fa" else (None, 5)
             rows = folder / f"{task.variant}.json"
-            this = recipe(task.name, rows, dev_size, micro_batch_size=micro, dropout=task.dropout)
-            given = (this, folder / task.base, claims[task.variant], Path("adapters", task.name))
+            this = recipe(task.name, rows, dev_size, micro_batch_size=micro, dropout=task.dropout, isolate=task.isolate)
+            held = claims[task.variant]
+            given = (this, folder / task.base, held, Path("adapters", task.name))
+            penalty = draw_penalty(folder / task.base, held) if task.isolate else None
             if task.stop is not None:
                 with at_step(task.stop, partial(throw, KeyboardInterrupt())), suppress(KeyboardInterrupt):
                     train(*given, alpha=8)
                 checkpoint = Path("adapters", f"{task.name}.run", "checkpoint-3")
                 note(task=task.name, checkpoint=sorted(path.name for path in checkpoint.iterdir()))
-            note(task=task.name, result=train(*given, alpha=8).to_json())
+            note(task=task.name, result=train(*given, alpha=8, penalty=penalty).to_json())
 
     return work
 
@@ -260,11 +275,12 @@ def equal_runs(folder: Path) -> None:
     """The same tasks in one process and in two, plain and sharded, whole and interrupted."""
     tasks = partial(train_tasks, folder, draw_claims(folder / "llama"))
     both = Task("fa", "fa"), Task("fb", "fb")
+    quiet = Task("quiet-fa", "fa", isolate=0.01), Task("quiet-fb", "fb", isolate=0.01)
     bf16 = Task("bf16", "fa", base="bf16")
     whole, resumed = Task("dropout", "fa", dropout=0.2), Task("resumed", "fa", stop=5, dropout=0.2)
-    run(folder / "one", after(watch, tasks(*both, bf16)), count=1)
-    run(folder / "ddp", after(watch, tasks(*both, whole, resumed)))
-    sharded = after(watch, tasks(*both, bf16, Task("resumed", "fb", stop=5)))
+    run(folder / "one", after(watch, tasks(*both, bf16, *quiet)), count=1)
+    run(folder / "ddp", after(watch, tasks(*both, whole, resumed, *quiet)))
+    sharded = after(watch, tasks(*both, bf16, Task("resumed", "fb", stop=5), *quiet))
     run(folder / "fsdp2", after(shard_on_cpu, sharded), environ=FSDP)
 
 

@@ -53,7 +53,11 @@ def test_steps_of_every_method(script: Any, tmp_path: Path, capsys: pytest.Captu
     assert half.columns[-3:] == ["/ lora", "/ lora 16 bit", "/ dora"] and full.columns[-2:] == ["/ lora", "/ dora"]
     assert {row[0]: row for row in half.rows}["lora 16 bit"][-2] == "1.00"
     assert all(len(row) == len(result.columns) for result in (half, full) for row in result.rows)
-    assert (len(half.budgets), len(full.budgets)) == (6, 2)
+    assert (len(half.budgets), len(full.budgets)) == (8, 4)
+    assert [str(budget).partition(": ")[0] for budget in full.budgets if "isolated" in str(budget)] == [
+        "step of fa isolated / fa <= 1.03",
+        "step of fb isolated / fb <= 1.03",
+    ]
     assert code == (0 if half.held and full.held else 1)
     shown = capsys.readouterr().out
     assert all(f"budget: {budget}" in shown for budget in half.budgets)
@@ -71,10 +75,10 @@ def test_only_in_place_methods_have_weights_of_their_own(script: Any, toy: Any) 
     before = {name: weight.clone() for name, weight in base.named_parameters()}
     models = {name: methods.adapt(methods.twin(base, name), name, 2) for name in methods.METHODS}
     for name, model in models.items():
-        methods.make_step(model, case)()
-        methods.make_step(model, case)()
+        methods.make_step(model, case, name)()
+        methods.make_step(model, case, name)()
         if name != "frozen":
-            assert methods.writes_in_place(model, base) == (name in ("fa", "fb")), name
+            assert methods.writes_in_place(model, base) == (name in methods.IN_PLACE), name
     assert all(torch.equal(weight, before[name]) for name, weight in base.named_parameters())
     trained = {name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in models.items()}
     assert trained["frozen"] == 0

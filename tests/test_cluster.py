@@ -105,6 +105,20 @@ def test_a_longer_batch_asks_for_more_memory(project: Path, run: Run, nodes: Cal
     assert asked[0] * 5 < asked[1]
 
 
+def test_isolated_training_asks_for_the_memory_of_its_blocks(
+    project: Path, run: Run, nodes: Callable[..., None]
+) -> None:
+    nodes({"CPU": 2, "memory": 1e12})
+    assert run("allocate", "--tasks", "adding,doubling").code == 0
+    assert run("measure", "--tasks", "adding,doubling").code == 0
+    asked = []
+    for strength in ("0", "1"):
+        flags = ("--engine", "ray", "--dry-run", "--json", "--isolate", strength)
+        tasks = run("train", "--tasks", "adding,doubling", *flags).json["tasks"]
+        asked.append(tasks["adding"]["resources"]["memory"])
+    assert asked[1] - asked[0] == 3 * 6 * 4 * 4**2  # thrice 6 matrices of 4 x 4 in fp32
+
+
 def test_a_task_that_fits_on_no_node(project: Path, run: Run, nodes: Callable[..., None]) -> None:
     nodes({"CPU": 2, "memory": 650_000_000}, {"CPU": 64, "memory": 640_000_000})
     set_registry(project, f"sqlite:///{project}/registry.db")

@@ -169,6 +169,15 @@ def test_quantised_bases_are_not_sharded() -> None:
         refused(lambda: sharded.check_recipe(training), UsageError, name, "training.quantization nf4")  # noqa: B023
 
 
+def test_deepspeed_does_not_train_isolated() -> None:
+    isolated = Training(batch_size=8, isolate=0.1)
+    Processes(2).check_recipe(isolated)
+    Processes(2, 0, "fsdp2").check_recipe(isolated)
+    refused(
+        lambda: Processes(2, 0, "deepspeed").check_recipe(isolated), UsageError, "DeepSpeed", "training.isolate 0.1"
+    )
+
+
 @settings(deadline=None)
 @given(
     examples=st.integers(1, 70),
@@ -259,9 +268,10 @@ def assert_equal(one: Path, two: Path, loss: float, values: float) -> None:
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for line, other in zip(found, expected, strict=True):
         assert line.keys() == other.keys()
-        for key in line.keys() - {"loss", "dev_loss", "grad_norm"}:
+        close = {"loss", "dev_loss", "grad_norm", "isolation"}
+        for key in line.keys() - close:
             assert line[key] == other[key]
-        for key in line.keys() & {"loss", "dev_loss", "grad_norm"}:
+        for key in line.keys() & close:
             assert line[key] == pytest.approx(other[key], abs=loss, rel=0)
     expected_values, found_values = weights(one), weights(two)
     assert list(found_values) == list(expected_values)
@@ -286,6 +296,19 @@ def test_two_processes_train_what_one_does(runs: Path, kind: str, variant: str) 
     assert summaries[1].pop("parallelism") == kind
     assert summaries[1]["recipe"] == summaries[0]["recipe"]
     assert [summary["tokens"] for summary in summaries] == [metrics(one)[-2 if variant == "fb" else -1]["tokens"]] * 2
+
+
+@pytest.mark.parametrize("variant", ["fa", "fb"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_are_isolated_as_one_is(runs: Path, kind: str, variant: str) -> None:
+    """The penalty is added once a step, whole where values are whole and by rows where rows are spread."""
+    one, two = (runs / where / "adapters" / f"quiet-{variant}" for where in ("one", kind))
+    assert_equal(one, two, LOSS, VALUES)
+    assert all(line["isolation"] > 0 for line in metrics(two) if "loss" in line)
+    plain = runs / "one" / "adapters" / variant
+    assert all(
+        (weights(two)[name] - values).std() > 0.01 for name, values in weights(plain).items() if "values" in name
+    )
 
 
 def test_sharded_bf16_weights_beside_fp32_values(runs: Path) -> None:

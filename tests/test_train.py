@@ -16,7 +16,7 @@ import numpy as np
 import peft.utils.save_and_load
 import pytest
 import torch
-from builders import tiny_gpt2, tiny_llama
+from builders import draw_moments, tiny_gpt2, tiny_llama
 from commands import refused
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
@@ -27,6 +27,7 @@ from multisbora.dataset import encode, pack
 from multisbora.errors import CheckpointError, DataError, MultisboraError, TrainingError, UsageError
 from multisbora.geometry import Geometry, from_checkpoint
 from multisbora.loading import load_model
+from multisbora.penalty import Penalty
 from multisbora.recipe import Recipe
 from multisbora.registry import Registry
 from multisbora.registry.claims import TaskClaims
@@ -115,7 +116,7 @@ def losses(folder: Path) -> list[dict[str, Any]]:
     return [{key: line.get(key) for key in ("step", "loss", "dev_loss", "tokens")} for line in metrics(folder)]
 
 
-def interrupted(step: int, *arguments: Any) -> None:
+def interrupted(step: int, *arguments: Any, **options: Any) -> None:
     """Train with a Ctrl-C at the end of a step."""
     original = metrics_module.Metrics.on_step_end
 
@@ -127,7 +128,7 @@ def interrupted(step: int, *arguments: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics_module.Metrics, "on_step_end", on_step_end)
         with pytest.raises(KeyboardInterrupt):
-            train(*arguments)
+            train(*arguments, **options)
 
 
 # --- a run --------------------------------------------------------------------------------------------------------
@@ -462,6 +463,89 @@ def test_test_rows_of_another_form_do_not_stop_training(llama: Base, recipe: Any
     changed = recipe(eval={"data": str(tmp_path / "test.json"), "metric": "number"})
     train(changed, llama.folder, llama.claims["fa"], tmp_path / "a", dry_run=True, say=said.append)
     assert any("not checked" in line and "question" in line for line in said)
+
+
+# --- isolated -----------------------------------------------------------------------------------------------------
+
+
+def penalty_of(base: Base, task: str, seed: int = 1) -> Penalty:
+    print_ = fingerprint(base.folder, base.geometry)
+    return Penalty.of(base.claims[task], [draw_moments(base.geometry, "other", seed=seed, base_fingerprint=print_)])
+
+
+@pytest.mark.parametrize("variant", ["fa", "fb"])
+def test_isolated_training_is_quieter_on_the_others(llama: Base, recipe: Any, tmp_path: Path, variant: str) -> None:
+    claims, penalty = llama.claims[variant], penalty_of(llama, variant)
+    changed, isolated = {"max_steps": 20, "dropout": 0.0, "logging_steps": 5}, {"isolate": 0.01}
+    plain = train(recipe(training=changed), llama.folder, claims, tmp_path / "plain")
+    quiet = train(recipe(training=changed | isolated), llama.folder, claims, tmp_path / "quiet", penalty=penalty)
+
+    def harm_of(folder: Path) -> float:
+        found = 0.0
+        for name, module in Adapter.read(folder).modules.items():
+            update = module.scaling * module.values
+            found += float(((update @ penalty.blocks[name]) * update).sum()) / llama.geometry.find(name).out_features
+        return found
+
+    assert harm_of(tmp_path / "quiet") < 0.5 * harm_of(tmp_path / "plain")
+    lines, plain_lines = metrics(tmp_path / "quiet"), metrics(tmp_path / "plain")
+    assert plain.loss is not None and quiet.loss is not None
+    assert plain.loss < quiet.loss < plain_lines[0]["loss"]
+    assert [line["step"] for line in lines if "isolation" in line] == [line["step"] for line in plain_lines]
+    assert lines[-1]["isolation"] == pytest.approx(0.01 * harm_of(tmp_path / "quiet"), rel=1e-3)
+    assert not any("isolation" in line for line in plain_lines)
+    summary = json.loads((tmp_path / "quiet" / TRAINING_FILE).read_text())
+    assert (summary["isolation_digest"], summary["isolated_from"]) == (penalty.digest, ["other"])
+    assert summary["recipe"]["training"]["isolate"] == 0.01
+
+
+def test_an_isolated_run_goes_on_with_the_same_moments_alone(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    claims, penalty = llama.claims["fa"], penalty_of(llama, "fa")
+    isolated = recipe(training={"isolate": 0.01})
+    train(isolated, llama.folder, claims, tmp_path / "whole", penalty=penalty)
+    interrupted(5, isolated, llama.folder, claims, tmp_path / "a", penalty=penalty)
+    for strength, other, words in (
+        (0.01, penalty_of(llama, "fa", seed=2), ("isolation_digest was",)),
+        (0.02, penalty, ("recipe.training.isolate was 0.01, is 0.02",)),
+        (0.0, None, ("isolation_digest was", "recipe.training.isolate was 0.01, is None")),
+    ):
+        changed = recipe(training={"isolate": strength})
+        with pytest.raises(TrainingError) as caught:
+            train(changed, llama.folder, claims, tmp_path / "a", penalty=other)
+        assert all(word in str(caught.value) for word in words)
+    said: list[str] = []
+    train(isolated, llama.folder, claims, tmp_path / "a", penalty=penalty, say=said.append)
+    assert any("going on from" in line and "checkpoint-4" in line for line in said)
+    assert weights(tmp_path / "a") == weights(tmp_path / "whole")
+    assert [line["isolation"] for line in metrics(tmp_path / "a")] == [
+        line["isolation"] for line in metrics(tmp_path / "whole")
+    ]
+
+
+def test_without_isolation_nothing_is_new(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    """Settings, results and metrics have no key that those of runs before there was isolation lack."""
+    claims = llama.claims["fa"]
+    interrupted(3, recipe(training={"isolate": 0}), llama.folder, claims, tmp_path / "a")
+    before = json.loads((tmp_path / "a.run" / RUN_FILE).read_text())
+    assert "isolate" not in before["recipe"]["training"] and "isolation_digest" not in before
+    train(recipe(), llama.folder, claims, tmp_path / "a")
+    train(recipe(), llama.folder, claims, tmp_path / "whole")
+    assert weights(tmp_path / "a") == weights(tmp_path / "whole")
+    summary = json.loads((tmp_path / "a" / TRAINING_FILE).read_text())
+    assert not {"isolation_digest", "isolated_from"} & summary.keys()
+
+
+def test_a_penalty_that_does_not_fit(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    claims, penalty = llama.claims["fa"], penalty_of(llama, "fa")
+    isolated = recipe(training={"isolate": 0.01})
+    given: Any = (llama.folder, claims, tmp_path / "a")
+    refused(lambda: train(isolated, *given), UsageError, "training.isolate 0.01 needs the moments of other tasks")
+    refused(lambda: train(recipe(), *given, penalty=penalty), UsageError, "training.isolate is 0")
+    others = Penalty.of(claims, [draw_moments(llama.geometry, "other")])
+    refused(lambda: train(isolated, *given, penalty=others), DataError, "task other were measured on another base")
+    fb = penalty_of(llama, "fb")
+    refused(lambda: train(isolated, *given, penalty=fb, dry_run=True), UsageError, "other claims than those of task fa")
+    assert not list(tmp_path.glob("a*"))
 
 
 # --- dev rows -----------------------------------------------------------------------------------------------------

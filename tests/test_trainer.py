@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from multisbora.attention import use_packed_attention
 from multisbora.dataset import Example, packs, pad
 from multisbora.distributed import Processes
 from multisbora.errors import TrainingError, UsageError
+from multisbora.penalty import LivePenalty, Penalty
 from multisbora.recipe import Recipe
 from multisbora.trainer import LengthGrouped, TaskTrainer, answer_loss, checkpoint_files
 
@@ -97,18 +99,20 @@ def make_trainer(
     train: list[Example],
     dev: list[Example] | None = None,
     packed: bool = True,
+    penalty: Penalty | None = None,
     **training: Any,
 ) -> TaskTrainer:
     return TaskTrainer(
         *(live, recipe(**training), folder, train, dev, Processes()),
         packed=packed,
         show=lambda example: f"text of row {example.row}",
+        penalty=penalty,
     )
 
 
-def run(live: Any, folder: Path, *, packed: bool, **training: Any) -> Gradients:
+def run(live: Any, folder: Path, *, packed: bool, penalty: Penalty | None = None, **training: Any) -> Gradients:
     folder.mkdir()
-    trainer = make_trainer(live, folder, examples(), packed=packed, **training)
+    trainer = make_trainer(live, folder, examples(), packed=packed, penalty=penalty, **training)
     seen = Gradients()
     trainer.add_callback(seen)
     trainer.train()
@@ -147,6 +151,45 @@ def test_uneven_micro_batches(packed: bool, tmp_path: Path) -> None:
     assert parts.losses == [pytest.approx(whole.losses[0], rel=TOLERANCE)]
     for name, gradient in whole.steps[0].items():
         assert (parts.steps[0][name] - gradient).norm() <= TOLERANCE * gradient.norm(), name
+
+
+def random_penalty(live: Any) -> Penalty:
+    """Of nobody's claims, with blocks of random numbers."""
+    generator, blocks = torch.Generator().manual_seed(1), {}
+    for name, layer in live.base_model.named_layers():
+        fa = layer.variant["default"] == "fa"
+        size = layer.sbora_indices["default"].numel() if fa else layer.in_features
+        found = torch.randn((size, 2 * size), generator=generator)
+        blocks[name] = (found @ found.t() / size).numpy()
+    return Penalty("", (), blocks)
+
+
+@pytest.mark.parametrize("variant", ["fa", "fb"])
+def test_an_isolated_step_adds_the_penalty_once(variant: str, tmp_path: Path) -> None:
+    """However many micro-batches a step has, and before its gradient is clipped."""
+    live = model("llama", variant)
+    penalty = random_penalty(live)
+    alone = LivePenalty(live, penalty, 5.0)
+    logged = alone.value()
+    alone.add_gradient()
+    added = {name: p.grad for name, p in live.named_parameters() if p.grad is not None}
+    (plain,) = run(model("llama", variant), tmp_path / "plain", packed=True).steps
+    wanted = {name: gradient + added[name] for name, gradient in plain.items()}
+    norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    assert all((wanted[name] - gradient).norm() > 0.01 * gradient.norm() for name, gradient in plain.items())
+    for micro, clip in ((7, 1e9), (1, 1e9), (3, float(norm) / 2)):
+        isolated = {"isolate": 5.0, "micro_batch_size": micro, "max_grad_norm": clip}
+        (step,) = run(model("llama", variant), tmp_path / f"{micro}", packed=True, penalty=penalty, **isolated).steps
+        factor = min(1.0, clip / float(norm))
+        assert step.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            assert (step[name] - factor * gradient).norm() <= TOLERANCE * gradient.norm(), (name, micro)
+
+    trainer = make_trainer(model("llama", variant), tmp_path, examples(), penalty=penalty, isolate=5.0)
+    assert trainer._penalty is not None and trainer._penalty.value() == pytest.approx(logged)
+    trainer.train()
+    (line, *_) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert line["isolation"] == trainer._penalty.value() < logged
 
 
 def test_a_blank_is_at_hand_only_where_a_process_can_be_left_without(tmp_path: Path) -> None:
