@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import yaml
 
 from .delta import pattern_value
 from .errors import UsageError
@@ -16,6 +21,9 @@ from .untrusted import read_json
 
 DEFAULT = "default"
 Weight = float | Mapping[str, float]
+By = Literal["task", "kind", "layer", "matrix"]
+SUFFIXES = (".yaml", ".yml", ".json")
+_SHOWN = 8  # patterns that people are shown one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,9 @@ class TaskWeight:
         return {DEFAULT: self.default, **dict(self.patterns)} if self.patterns else self.default
 
     def __str__(self) -> str:
+        if len(self.patterns) > _SHOWN:
+            lambdas = [value for _, value in self.patterns]
+            return f"{self.default:g}, {len(lambdas)} patterns {min(lambdas):g} to {max(lambdas):g}"
         patterns = "".join(f", {pattern} {value:g}" for pattern, value in self.patterns)
         return f"{self.default:g}{patterns}"
 
@@ -135,6 +146,85 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, TaskWeight]:
         return {task: TaskWeight.of(value, task) for task, value in content.items()}
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
+
+
+def grouped(modules: Iterable[str], by: By) -> dict[str, list[str]]:
+    """The modules that share a lambda, by a pattern that names them: all, those of one kind ("q_proj"), those of one
+    numbered block, or each alone. A module outside of all blocks is a layer of its own.
+
+    Raises:
+        UsageError: there are more groups than a weight may have patterns.
+    """
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        found.setdefault(_pattern(module, by), []).append(module)
+    if len(found) >= MAX_PATTERNS:
+        raise UsageError(
+            f"{len(found)} lambdas a task are more than the {MAX_PATTERNS - 1} patterns that a weight may have: group "
+            "them by layer, kind or task"
+        )
+    # A name is the last parts of a longer one in models of several towers: the longer one is asked first.
+    return dict(sorted(found.items(), key=lambda item: -item[1][0].count(".")))
+
+
+def _pattern(module: str, by: By) -> str:
+    if by == "task":
+        return ".*"
+    if by == "kind":
+        return _literal(module.rpartition(".")[2])
+    if by == "layer" and (block := re.match(r"(?:.*?\.)?\d+(?=\.)", module)):
+        return _literal(block[0]) + r"\..*"
+    return _literal(module)
+
+
+def _literal(name: str) -> str:
+    return re.escape(name).replace(r"\-", "-")  # `patterns` is quick with names whose dots alone are escaped
+
+
+def folded(lambdas: Mapping[str, float], by: By) -> TaskWeight:
+    """A task's lambdas as the weight that gives them: one number where they are equal, else a pattern for each group in
+    which they are, or for each matrix.
+
+    Args:
+        lambdas: module -> lambda, at least one.
+    """
+    default = round(math.fsum(lambdas.values()) / len(lambdas), 4)
+    if len(set(lambdas.values())) == 1:
+        return TaskWeight(next(iter(lambdas.values())))
+    groups = grouped(lambdas, by)
+    weight = TaskWeight(default, tuple((pattern, lambdas[group[0]]) for pattern, group in groups.items()))
+    if by == "matrix" or all(weight.at(module) == value for module, value in lambdas.items()):
+        return weight
+    return folded(lambdas, "matrix")
+
+
+def write_weights(path: str | os.PathLike[str], weights: Mapping[str, TaskWeight], note: str = "") -> None:
+    """Write a file that `read_weights` reads, JSON or YAML by its suffix: the same lambdas, bit for bit.
+
+    Args:
+        note: a line for people at the top; JSON has no place for it.
+
+    Raises:
+        UsageError: another suffix.
+    """
+    path = Path(path)
+    check_suffix(path)
+    content = {task: weight.to_json() for task, weight in weights.items()}
+    if path.suffix == ".json":
+        text = json.dumps(content, indent=2)
+    else:
+        text = f"# {note}\n" * bool(note) + yaml.safe_dump(content, sort_keys=False, width=1000).rstrip()
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a file of weights that its suffix does not tell as YAML or JSON.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path} is no file of weights: name it with one of {', '.join(SUFFIXES)}")
 
 
 def _load_json(path: Path) -> object:

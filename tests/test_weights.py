@@ -10,11 +10,22 @@ from typing import Any
 
 import pytest
 from commands import refused
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multisbora.errors import UsageError
-from multisbora.weights import TaskWeight, parse_weights, read_weights, require_use, resolve
+from multisbora.patterns import MAX_PATTERNS
+from multisbora.weights import (
+    By,
+    TaskWeight,
+    folded,
+    grouped,
+    parse_weights,
+    read_weights,
+    require_use,
+    resolve,
+    write_weights,
+)
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.11.self_attn.v_proj"
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
@@ -163,3 +174,72 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         refused(lambda name=name: read_weights(tmp_path / name), UsageError, name)
     (tmp_path / "folder.json").mkdir()
     refused(lambda: read_weights(tmp_path / "folder.json"), UsageError, "folder.json cannot be read")
+
+
+# --- groups of matrices, and files ---------------------------------------------------------------------------------
+
+LLAMA = [f"model.layers.{i}.{kind}" for i in (0, 1, 11) for kind in ("self_attn.q_proj", "mlp.up_proj")]
+
+
+def test_matrices_that_share_a_lambda() -> None:
+    names = [*LLAMA, "lm_head"]
+    assert grouped(names, "task") == {".*": names}
+    assert grouped(names, "kind") == {"q_proj": LLAMA[::2], "up_proj": LLAMA[1::2], "lm_head": ["lm_head"]}
+    assert grouped(names, "layer") == {
+        r"model\.layers\.0\..*": LLAMA[:2],
+        r"model\.layers\.1\..*": LLAMA[2:4],
+        r"model\.layers\.11\..*": LLAMA[4:],
+        "lm_head": ["lm_head"],
+    }
+    assert list(grouped(names, "matrix").values()) == [[name] for name in names]
+    assert len(grouped(["h.0.mlp.experts.7.w1", "h.0.mlp.experts.8.w1"], "layer")) == 1
+
+
+def test_more_matrices_than_a_weight_may_have_patterns() -> None:
+    names = [f"model.layers.{i}.up_proj" for i in range(MAX_PATTERNS)]
+    refused(lambda: grouped(names, "matrix"), UsageError, "4000 lambdas", "3999 patterns", "by layer, kind or task")
+    assert len(grouped(names, "kind")) == 1
+    weight = TaskWeight(1.0, tuple((pattern, 2.0) for pattern in grouped(names[1:], "matrix")))
+    assert TaskWeight.of(weight.to_json(), "math") == weight  # as many as are allowed can be read again
+
+
+PARTS = st.sampled_from(["model", "layers", "vision", "0", "1", "up", "q-proj", "w+1"])
+MODULES = st.lists(st.lists(PARTS, min_size=1, max_size=5).map(".".join), min_size=1, max_size=8, unique=True)
+
+
+@settings(deadline=None)
+@given(modules=MODULES, by=st.sampled_from(["task", "kind", "layer", "matrix"]), data=st.data())
+def test_folded_lambdas_are_the_lambdas(modules: list[str], by: By, data: st.DataObject) -> None:
+    lambdas = {module: data.draw(st.sampled_from([0.0, -0.25, 1.0, 0.7312])) for module in modules}
+    weight = folded(lambdas, by)
+    assert {module: weight.at(module) for module in modules} == lambdas
+    require_use(weight, "math", modules)
+
+
+def test_folded_lambdas_are_as_few_as_they_can_be() -> None:
+    assert folded(dict.fromkeys(LLAMA, 0.8), "matrix") == TaskWeight(0.8)
+    assert folded({name: float("q_proj" in name) for name in LLAMA}, "kind") == TaskWeight(
+        0.5, (("q_proj", 1.0), ("up_proj", 0.0))
+    )
+    assert len(folded({name: float(number) for number, name in enumerate(LLAMA)}, "kind").patterns) == len(LLAMA)
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "yml", "json"])
+def test_a_file_of_weights_and_back(suffix: str, tmp_path: Path) -> None:
+    lambdas = {name: number / 3 - 1e-9 for number, name in enumerate(LLAMA)}
+    weights = {"math": folded(lambdas, "matrix"), "code": TaskWeight(1e-5), "law": folded(lambdas, "kind")}
+    path = tmp_path / f"weights.{suffix}"
+    write_weights(path, weights, "made here")
+    assert read_weights(path) == weights
+    assert ("# made here" in path.read_text()) == (suffix != "json")
+
+
+def test_a_file_of_weights_is_told_by_its_suffix(tmp_path: Path) -> None:
+    path = tmp_path / "weights.txt"
+    refused(lambda: write_weights(path, {"math": TaskWeight()}), UsageError, "weights.txt", ".yaml, .yml, .json")
+    assert not path.exists()
+
+
+def test_many_lambdas_are_told_by_their_range() -> None:
+    weight = TaskWeight(0.5, tuple((f"layers.{i}.up", i / 10) for i in range(9)))
+    assert str(weight) == "0.5, 9 patterns 0 to 0.8"

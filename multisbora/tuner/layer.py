@@ -164,16 +164,20 @@ class SboraLayer(nn.Module, BaseTunerLayer):
         for name, values in self.sbora_values.items():
             values.requires_grad_(name in mix.trained)
 
-    def update(self, adapter_name: str) -> Tensor:
+    def update(self, adapter_name: str, weight: float | None = None) -> Tensor:
         """lambda * s * values of one task, fp32, (out_features, r) or (r, in_features); zero in earlier claims' cells.
 
         Differentiable with respect to the values.
+
+        Args:
+            weight: lambda; None takes the one that the task has here.
         """
         values = self.sbora_values[adapter_name]
         if adapter_name in self.sbora_excluded:
             other = 1 - own_axis(self.variant[adapter_name])
             values = values.index_fill(other, self.sbora_excluded[adapter_name], 0.0)
-        update: Tensor = delta(values.float(), self.scaling[adapter_name], self.weight_of[adapter_name])
+        weight = self.weight_of[adapter_name] if weight is None else weight
+        update: Tensor = delta(values.float(), self.scaling[adapter_name], weight)
         return update
 
     # ------------------------------------------------------------------------------------------------------- forward

@@ -1,0 +1,158 @@
+"""A running model whose lambdas can be set anywhere: the losses of rows in it, and their slopes by each lambda."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .attention import use_packed_attention
+from .dataset import Example
+from .errors import TrainingError
+from .probe import batches
+from .trainer import answer_loss
+from .tuner.layer import Mix
+from .tuner.slopes import lambda_slopes
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some rows of one task. `labels` line up with the logits; `tokens` of them are of an answer."""
+
+    inputs: dict[str, Any]
+    labels: Tensor
+    tokens: int
+
+
+class Blend:
+    """The adapters of some tasks on one base, of which a lambda for each task and matrix says how much is in it.
+
+    The model is this object's to change: what was active in it does not come back.
+    """
+
+    def __init__(self, model: Any, modules: Sequence[str]) -> None:
+        """
+        Args:
+            model: of `load_model`, with an adapter a task; the tasks go by the order in which they were loaded.
+            modules: names of the matrices, in the order of the columns of `lambdas`.
+        """
+        self.model = model.get_base_model()
+        self.adapters = list(model.peft_config)
+        layers = dict(model.base_model.named_layers())
+        self.layers = {module: layers[module] for module in modules}
+        self._inside: tuple[Array, list[str]] | None = None
+        use_packed_attention(self.model)
+        self.model.enable_input_require_grads()
+
+    def batches(self, examples: Sequence[Example], tokens: int) -> list[Batch]:
+        """Examples in batches of `tokens` tokens at most, see `probe.batches`."""
+        found = batches(self.model, examples, tokens)
+        return [Batch(inputs, labels, int((labels != -100).sum())) for inputs, labels in found]
+
+    def compose(self, lambdas: Array, active: Iterable[int] | None = None) -> None:
+        """Have these lambdas in the next forward.
+
+        Args:
+            lambdas: (tasks, matrices).
+            active: numbers of tasks; None takes all.
+        """
+        names = self.adapters if active is None else [self.adapters[task] for task in active]
+        if self._inside is not None and self._inside[1] == names and np.array_equal(self._inside[0], lambdas):
+            return
+        for layer, column in zip(self.layers.values(), lambdas.T.tolist(), strict=True):
+            layer.mix = Mix(list(names), dict(zip(self.adapters, column, strict=True)))
+        self._inside = lambdas.copy(), names
+
+    @torch.no_grad()
+    def nats(self, rows: Sequence[Batch]) -> Array:
+        """The loss of each batch, (batches,): the sum over its answer tokens."""
+        return np.array([float(self._loss(batch)) for batch in rows])
+
+    def slopes(self, batch: Batch) -> tuple[float, Array]:
+        """The loss of a batch, and its derivative by each lambda, (tasks, matrices); 0 where a task has no such matrix.
+
+        Raises:
+            TrainingError: the model cannot be differentiated, or not in finite numbers.
+        """
+        try:
+            with torch.enable_grad(), lambda_slopes(self.layers) as found:
+                loss = self._loss(batch)
+                loss.backward()
+        except (RuntimeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise TrainingError(f"this model gives no gradient ({reason}): tune by --method search") from None
+        places = [
+            (self.adapters.index(adapter), column)
+            for column, module in enumerate(self.layers)
+            for adapter in found.get(module, {})
+        ]
+        slopes = np.zeros((len(self.adapters), len(self.layers)))
+        if places:
+            values = torch.stack([slope for module in self.layers for slope in found.get(module, {}).values()])
+            slopes[tuple(np.array(places).T)] = values.double().cpu().numpy()
+        if not places or not np.isfinite(slopes).all() or not torch.isfinite(loss):
+            what = "is not finite" if places else "does not reach its layers"
+            raise TrainingError(f"the gradient of this model {what}: tune by --method search")
+        return float(loss.detach()), slopes
+
+    def _loss(self, batch: Batch) -> Tensor:
+        return answer_loss(self.model(**batch.inputs), batch.labels, num_items_in_batch=1)
+
+
+@dataclass(slots=True)
+class Half:
+    """Rows of every task, and what its losses on them are without the others and at the start.
+
+    Attributes:
+        batches: task -> its rows.
+        base, own, start: task -> nats of each of its batches: of the base model, with the task's own adapter alone at
+            lambda 1, and of the composition that tuning starts from.
+        scale: (tasks,) nats a token that are one lost share; the gain, where nobody says something else.
+    """
+
+    batches: list[list[Batch]]
+    base: list[Array]
+    own: list[Array]
+    start: list[Array]
+    scale: Array = field(default_factory=lambda: np.zeros(0))
+
+    @classmethod
+    def measured(cls, blend: Blend, examples: Sequence[Sequence[Example]], start: Array, tokens: int) -> Half:
+        """
+        Args:
+            examples: of each task.
+            start: lambdas, (tasks, matrices).
+            tokens: of a batch, at most.
+        """
+        rows = [blend.batches(each, tokens) for each in examples]
+        blend.compose(start, [])
+        base = [blend.nats(each) for each in rows]
+        own = []
+        for task, each in enumerate(rows):
+            blend.compose(np.ones_like(start), [task])
+            own.append(blend.nats(each))
+        blend.compose(start)
+        half = cls(rows, base, own, [blend.nats(each) for each in rows])
+        half.scale = half.gain
+        return half
+
+    @property
+    def gain(self) -> Array:
+        """What each task's own adapter gains, (tasks,), nats a token."""
+        return self.nll(self.base) - self.nll(self.own)
+
+    def nll(self, nats: Sequence[Array]) -> Array:
+        """Nats a token of each task, (tasks,)."""
+        tokens = [sum(batch.tokens for batch in rows) for rows in self.batches]
+        return np.array([each.sum() / count for each, count in zip(nats, tokens, strict=True)])
+
+    def lost(self, nats: Sequence[Array]) -> Array:
+        """The share of its gain that each task has lost, (tasks,)."""
+        return (self.nll(nats) - self.nll(self.own)) / self.scale

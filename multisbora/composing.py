@@ -1,0 +1,136 @@
+"""What the commands do that look at a composition in a running model, before it is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import AdapterError, UsageError
+from .journal import reading
+from .lifecycle import required
+from .project import Project
+from .publish import check_output_file, publish_file
+from .recipe import load
+from .weights import check_suffix, parse_weights, read_weights, write_weights
+
+if TYPE_CHECKING:
+    from .crosstalk import Crosstalk
+    from .tune import Tuned
+
+Say = Callable[[str], None]
+
+
+def measure_crosstalk(
+    project: Project,
+    tasks: Sequence[str] | None,
+    rows: int | None,
+    weight: Sequence[str],
+    weights_from: Path | None,
+    base_view: str | None,
+    overrides: Sequence[str],
+    plot: Path | None,
+    quiet: Callable[[], None],
+    say: Say,
+) -> Crosstalk:
+    """What trained tasks do to each other; None takes all that hold claims in the project's composition.
+
+    Args:
+        rows: of each task; None takes the default.
+        plot: a PNG file to draw it into.
+    """
+    told, from_file = parse_weights(weight), read_weights(weights_from) if weights_from else {}
+    if plot is not None:
+        from .heatmap import check_plot
+
+        check_plot(plot)
+    tasks = _trained(project, tasks)
+    recipes = [load(task, Path(project.recipes), overrides) for task in tasks]
+    if unused := sorted(set(from_file) - set(tasks)):
+        say(f"{weights_from}: the weights of {', '.join(unused)} are not used, since they are not looked at")
+    base = project.base(say)
+    from .crosstalk import ROWS, crosstalk
+
+    quiet()
+    with reading(base, say=say):
+        found = crosstalk(
+            base,
+            [project.adapter(task) for task in tasks],
+            recipes,
+            rows=ROWS if rows is None else rows,
+            weights={**{task: value for task, value in from_file.items() if task in tasks}, **told},
+            base_view=base_view,
+            say=say,
+        )
+    if plot is not None:
+        from .heatmap import draw
+
+        draw(found, plot)
+    return found
+
+
+def tune_tasks(
+    project: Project,
+    tasks: Sequence[str] | None,
+    weight: Sequence[str],
+    weights_from: Path | None,
+    output: Path | None,
+    overrides: Sequence[str],
+    dry_run: bool,
+    quiet: Callable[[], None],
+    say: Say,
+    **settings: Any,
+) -> Tuned:
+    """Tune the lambdas of trained tasks; None takes all that hold claims in the project's composition.
+
+    Args:
+        weight, weights_from: lambdas to start from.
+        output: file of weights to make.
+        settings: of `tune`.
+    """
+    told, from_file = parse_weights(weight), read_weights(weights_from) if weights_from else {}
+    if output is not None:
+        check_suffix(output)
+        check_output_file(output)
+    tasks = _trained(project, tasks)
+    recipes = [load(task, Path(project.recipes), overrides) for task in tasks]
+    if unused := sorted(set(from_file) - set(tasks)):
+        say(f"{weights_from}: the weights of {', '.join(unused)} are not used, since they are not tuned")
+    base = project.base(say)
+    from .tune import tune
+
+    quiet()
+    with reading(base, say=say):
+        found = tune(
+            base,
+            [project.adapter(task) for task in tasks],
+            recipes,
+            start={**{task: value for task, value in from_file.items() if task in tasks}, **told},
+            dry_run=dry_run,
+            say=say,
+            **settings,
+        )
+    if output is not None and not dry_run:
+        with publish_file(output) as path:
+            write_weights(path, found.weights, f"made by multisbora tune --by {found.by} --method {found.method}")
+    return found
+
+
+def _trained(project: Project, tasks: Sequence[str] | None) -> list[str]:
+    """Names of tasks that have an adapter in this project.
+
+    Raises:
+        UsageError: none is named, and none holds claims in the project's composition.
+        AdapterError: one is not trained.
+    """
+    if tasks is None:
+        with required(project) as registry:
+            tasks = list(registry.claims(project.model_name, project.composition))
+    if not tasks:
+        raise UsageError(f"no task holds claims in composition {project.composition}: name another with --composition")
+    for task in tasks:
+        if not project.adapter(task).is_dir():
+            raise AdapterError(
+                f"{project.adapter(task)} does not exist: `multisbora train --task {task}`, or name others with --tasks"
+            )
+    return list(tasks)

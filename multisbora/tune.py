@@ -1,0 +1,366 @@
+"""Lambdas from data: how much of each task a composition is to hold, found on rows that no adapter learned.
+
+What a task has to lose is its own gain, base - own, in nats a token. A composition takes a share of it away:
+
+    lost = (merged - own) / (base - own),        retention = 1 - lost
+
+Lambdas are the only parameters. Half of each task's rows says in which direction they go: down the sum of the lost
+shares, with the worst task counted again for all of them, and tasks that do worse than allowed above everything. The
+other half judges the points on the way: no task may lose more of its gain than at the start, `slack` aside, and among
+the points that hold to this the one with the best worst retention is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from .adapter import Adapter
+from .blend import Blend, Half
+from .checkpoint import Checkpoint
+from .dataset import Example
+from .errors import DataError, TrainingError, UsageError
+from .geometry import from_checkpoint
+from .lambdas import Space, descend, require_optuna, search
+from .loading import load_model, load_tokenizer
+from .probe import BATCH_TOKENS, probe
+from .recipe import Recipe
+from .shares import Share, load, require_disjoint, shares_of
+from .train import TRAINING_FILE
+from .untrusted import read_json
+from .weights import By, TaskWeight, Weight, resolve
+
+Method = Literal["gradient", "search"]
+Say = Callable[[str], None]
+Array = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+
+STEP_TOKENS = 1024  # of each task in one step of the gradient
+LEAST_GAIN = 0.01  # of the base's loss: what share of a smaller gain is lost would be noise
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A composition that was judged.
+
+    Attributes:
+        step: after which it was found; 0 is the start.
+        weights: task -> lambda.
+        nll: task -> nats per answer token of the composition, on the rows that judge.
+        retention: task -> share of its own gain that it keeps; None for a task that has none.
+    """
+
+    step: int
+    weights: Mapping[str, TaskWeight]
+    nll: Mapping[str, float]
+    retention: Mapping[str, float | None]
+
+    def to_json(self) -> dict[str, Any]:
+        weights = {task: weight.to_json() for task, weight in self.weights.items()}
+        return {"step": self.step, "nll": dict(self.nll), "retention": dict(self.retention), "weights": weights}
+
+
+@dataclass(frozen=True, slots=True)
+class TunedTask:
+    """One task, in nats per answer token on the rows that judge.
+
+    Attributes:
+        rows: how many judged, `learned` were followed.
+        base, own: loss of the base model, and with the task's own adapter alone at lambda 1.
+        before, after: of all tasks together, at the start and as tuned.
+        retention_before, retention_after: None where the task's own adapter gains nothing to speak of.
+    """
+
+    rows: int
+    learned: int
+    base: float
+    own: float
+    before: float
+    after: float
+    retention_before: float | None
+    retention_after: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What tuning came to.
+
+    Attributes:
+        lambdas: how many there were to choose.
+        tasks: empty in a dry run.
+        weights: what to merge with: those of `chosen`, in a dry run the start.
+        chosen: the point that was taken; None in a dry run.
+        front: the judged points that no other one equals in all tasks and beats in one, the chosen one among them.
+    """
+
+    by: By
+    method: Method
+    steps: int
+    lambdas: int
+    weights: Mapping[str, TaskWeight]
+    tasks: Mapping[str, TunedTask]
+    chosen: Point | None = None
+    front: tuple[Point, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "by": self.by,
+            "method": self.method,
+            "steps": self.steps,
+            "lambdas": self.lambdas,
+            "weights": {task: weight.to_json() for task, weight in self.weights.items()},
+            "tasks": {name: asdict(task) for name, task in self.tasks.items()},
+            "chosen": None if self.chosen is None else self.chosen.step,
+            "front": [point.to_json() for point in self.front],
+        }
+
+
+def tune(
+    base: str | os.PathLike[str],
+    adapters: Sequence[str | os.PathLike[str]],
+    recipes: Sequence[Recipe],
+    *,
+    start: Mapping[str, Weight | TaskWeight] | None = None,
+    by: By = "matrix",
+    method: Method = "gradient",
+    rows: int = 128,
+    steps: int = 32,
+    slack: float = 0.01,
+    regular: float = 0.5,
+    seed: int = 0,
+    base_view: str | None = None,
+    dry_run: bool = False,
+    say: Say = lambda message: None,
+) -> Tuned:
+    """Find the lambdas of a composition. Same arguments, rows and machine, same lambdas.
+
+    Each is rounded to four places before it is judged, so that what was judged is what `merge` writes with these
+    weights: bit for bit on a base as stored, up to the products' rounding on a quantised one.
+
+    A step of "gradient" costs about a training step of all the tasks on `STEP_TOKENS` tokens of each. "search" needs no
+    gradients, and optuna; a step of it is a forward over half of the rows.
+
+    Args:
+        base: folder of the base model.
+        adapters: folders of trained adapters, one a task, of one composition.
+        recipes: of the same tasks; they say where the rows are, see `probe`.
+        start: lambdas to begin with, as `merge` takes them; 1 where none is given. 0 and negative ones are fine.
+        by: what shares a lambda in a task: all of it, matrices of a kind, of a layer, or none.
+        rows: of each task, both halves together.
+        steps: of the gradient, or trials of the search.
+        slack: share of its gain that a task may lose, against the start, for the good of the others; 0 lets none lose.
+        regular: how strongly a task's lambdas are pulled towards their mean (or to the pattern of the start, moved by
+            their mean), which is free. A matrix of average slope stays within 1/regular of it; 0 pulls not at all.
+        seed: of the search.
+        base_view: see `load_model`.
+        dry_run: check everything, the model's files too, and compute nothing.
+
+    Raises:
+        UsageError: an argument that cannot mean anything, a task without a recipe, one with whole modules (which have
+            no lambda), too many lambdas, or a search without optuna.
+        DataError: rows that are missing, cut or too few for two halves, or no task that gains anything.
+        AdapterError, MergeError, CheckpointError: what could not be merged either.
+        TrainingError: a loss that is not finite, or no gradient to be had.
+    """
+    _check(by, method, rows, steps, slack, regular)
+    loaded = load(adapters)
+    names = [adapter.task for adapter in loaded]
+    weights = resolve(names, start)
+    known = _recipes(names, recipes)
+    _check_composition(Path(base), loaded, weights)
+    space = Space.of({adapter.task: list(adapter.modules) for adapter in loaded}, weights, by)
+    if method == "search":
+        require_optuna()
+        if space.size > steps:
+            raise UsageError(f"a search of {steps} steps cannot find {space.size} lambdas: raise steps, or use fewer")
+    tokenizer = load_tokenizer(Path(base))
+    halves: list[tuple[list[Example], list[Example]]] = []
+    for adapter in loaded:
+        _tell_recipe(adapter, known[adapter.task], say)
+        halves.append(_halves(probe(known[adapter.task], tokenizer, rows, say, least=2), adapter.task))
+    first, *others = (adapter.path for adapter in loaded)
+    model, _ = load_model(first, base, others, base_view=base_view, say=say)
+    if dry_run:
+        return Tuned(by, method, steps, space.size, weights, {})
+    blend = Blend(model, space.modules)
+    learn = Half.measured(blend, [half for half, _ in halves], space.start, STEP_TOKENS)
+    judge = Half.measured(blend, [half for _, half in halves], space.start, BATCH_TOKENS)
+    gains = _gains(names, learn, judge, say)
+    for half in (learn, judge):
+        half.scale = np.where(gains, half.gain, half.nll(half.base))
+    if method == "gradient":
+        walk = descend(space, blend, learn, steps, slack, regular)
+    else:
+        walk = search(space, blend, learn, steps, slack, seed)
+    found, nlls = [(0, space.start)], [judge.nll(judge.start)]
+    for step, lambdas in walk:
+        if not any(np.array_equal(lambdas, other) for _, other in found):
+            blend.compose(lambdas)
+            nll = judge.nll([blend.nats(batches) for batches in judge.batches])
+            if np.isfinite(nll).all():
+                found.append((step, lambdas))
+                nlls.append(nll)
+    points = _points(space, found, nlls, judge, gains, weights)
+    chosen = _choice(judge, nlls, gains, slack)
+    if not chosen:
+        say("no lambdas were found that do better than the start: keep it, or raise steps, rows or slack")
+    tasks = {
+        name: TunedTask(
+            rows=len(halves[task][1]),
+            learned=len(halves[task][0]),
+            base=float(judge.nll(judge.base)[task]),
+            own=float(judge.nll(judge.own)[task]),
+            before=points[0].nll[name],
+            after=points[chosen].nll[name],
+            retention_before=points[0].retention[name],
+            retention_after=points[chosen].retention[name],
+        )
+        for task, name in enumerate(names)
+    }
+    front = tuple(point for place, point in enumerate(points) if _is_ahead(nlls[place], nlls))
+    return Tuned(by, method, steps, space.size, points[chosen].weights, tasks, points[chosen], front)
+
+
+# ----------------------------------------------------------------------------------------------------------- judging
+
+
+def _points(
+    space: Space,
+    found: Sequence[tuple[int, Array]],
+    nlls: Sequence[Array],
+    judge: Half,
+    gains: Flags,
+    weights: Mapping[str, TaskWeight],
+) -> list[Point]:
+    points = []
+    base, gain = judge.nll(judge.base), judge.gain
+    for (step, lambdas), nll in zip(found, nlls, strict=True):
+        kept = [float((base - nll)[task] / gain[task]) if gains[task] else None for task in range(len(nll))]
+        points.append(
+            Point(
+                step=step,
+                weights=space.weights(lambdas) if step else dict(weights),
+                nll=dict(zip(space.tasks, nll.tolist(), strict=True)),
+                retention=dict(zip(space.tasks, kept, strict=True)),
+            )
+        )
+    return points
+
+
+def _choice(judge: Half, nlls: Sequence[Array], gains: Flags, slack: float) -> int:
+    """The place of the point to take: of those that keep to the slack, the one that is best where it is worst."""
+    lost = (np.array(nlls) - judge.nll(judge.own)) / judge.scale
+    held = [place for place, each in enumerate(lost) if (each <= lost[0] + slack).all()]
+    return min(held, key=lambda place: (lost[place][gains].max(), lost[place][gains].sum(), lost[place].sum(), place))
+
+
+def _is_ahead(nll: Array, others: Sequence[Array]) -> bool:
+    """Whether no other point is as good in all tasks and better in one."""
+    return not any((other <= nll).all() and (other < nll).any() for other in others)
+
+
+def _gains(names: Sequence[str], learn: Half, judge: Half, say: Say) -> Flags:
+    """Which tasks gain anything by their own adapter that could be kept, on both halves of their rows.
+
+    Raises:
+        DataError: none of them.
+        TrainingError: a loss is not finite.
+    """
+    gains = np.ones(len(names), bool)
+    for half in (learn, judge):
+        for what, nats in (("the base", half.base), ("its own adapter", half.own), ("all tasks", half.start)):
+            for name, nll in zip(names, half.nll(nats), strict=True):
+                if not np.isfinite(nll):
+                    raise TrainingError(
+                        f"task {name}: its loss with {what} is {nll}: is an adapter or the base broken?"
+                    )
+        gains &= half.gain > LEAST_GAIN * half.nll(half.base)
+    losses = [(half.nll(half.base), half.nll(half.own)) for half in (learn, judge)]
+    for task in np.flatnonzero(~gains).tolist():
+        told = " and ".join(f"{own[task]:.4f} after {base[task]:.4f}" for base, own in losses)
+        say(
+            f"task {names[task]}: its own adapter gains nothing to speak of ({told} nats a token on the two halves of "
+            "its rows): it has no retention, and is only kept from doing worse"
+        )
+    if not gains.any():
+        raise DataError(
+            f"no adapter of {', '.join(names)} gains anything on its own rows, so there is nothing to keep: train "
+            "longer, or give more rows"
+        )
+    return gains
+
+
+# ---------------------------------------------------------------------------------------------------------- checking
+
+
+def _check(by: str, method: str, rows: int, steps: int, slack: float, regular: float) -> None:
+    if by not in get_args(By):
+        raise UsageError(f"by {by!r} is unknown: use {', '.join(get_args(By))}")
+    if method not in get_args(Method):
+        raise UsageError(f"method {method!r} is unknown: use {' or '.join(get_args(Method))}")
+    for name, value, least in (("rows", rows, 2), ("steps", steps, 1), ("slack", slack, 0), ("regular", regular, 0)):
+        if not np.isfinite(value) or value < least:
+            raise UsageError(f"{name} must be at least {least}, got {value}")
+
+
+def _recipes(names: Sequence[str], recipes: Sequence[Recipe]) -> dict[str, Recipe]:
+    known = {recipe.name: recipe for recipe in recipes}
+    if missing := [name for name in names if name not in known]:
+        raise UsageError(f"task {missing[0]} has an adapter and no recipe, which says where its rows are: give one")
+    if spare := [name for name in known if name not in names]:
+        raise UsageError(f"task {spare[0]} has a recipe and no adapter: give its adapter too, or leave it out")
+    return known
+
+
+def _check_composition(base: Path, loaded: Sequence[Adapter], weights: Mapping[str, TaskWeight]) -> None:
+    """Refuse what `merge` would refuse to compose."""
+    checkpoint = Checkpoint.open(base)
+    geometry = from_checkpoint(base, checkpoint.headers)
+    shares: dict[str, list[Share]] = {}
+    for adapter in loaded:
+        if adapter.whole:
+            raise UsageError(
+                f"{adapter.path} trained whole modules too, which have no lambda: train without modules_to_save"
+            )
+        for tensor, found in shares_of(adapter, weights[adapter.task], geometry, checkpoint).items():
+            shares.setdefault(tensor, []).extend(found)
+    for found in shares.values():
+        require_disjoint(found)
+
+
+def _tell_recipe(adapter: Adapter, recipe: Recipe, say: Say) -> None:
+    """Say so where a task's rows are read in another way than when it was trained: they may be rows that it learned."""
+    told: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # of another trainer, it says nothing
+        content = read_json(adapter.path / TRAINING_FILE)["recipe"]
+        told = {**content, "seed": content["training"]["seed"]}
+    now = {**recipe.model_dump(mode="json"), "seed": recipe.training.seed}
+    keys = ("prompt", "target", "train", "dev", "dev_size", "seed")
+    if odd := [key for key in keys if told and told.get(key) != now[key]]:
+        say(
+            f"task {adapter.task}: {', '.join(odd)} of its recipe differ from those that it was trained with: it may "
+            "have learned some of these rows, or know them in another form"
+        )
+
+
+def _halves(examples: Sequence[Example], task: str) -> tuple[list[Example], list[Example]]:
+    """Examples to follow and examples to judge by; those with one prompt stay together.
+
+    Raises:
+        DataError: they all have one prompt.
+    """
+    prompts: dict[tuple[int, ...], list[Example]] = {}
+    for example in examples:
+        prompts.setdefault(tuple(example.input_ids[: example.answer_start]), []).append(example)
+    if len(prompts) < 2:
+        raise DataError(f"the rows of task {task} have one prompt, and tuning needs two halves of them: give more")
+    groups = list(prompts.values())
+    learn, judge = ([example for group in groups[half::2] for example in group] for half in (0, 1))
+    return learn, judge

@@ -1,0 +1,87 @@
+"""d loss / d lambda of the tasks in a running model: all that tuning lambdas needs of a backward pass.
+
+A layer computes h = x W^T with W = W0 + lambda * U at a task's cells. With g = d loss / d h the slope is <g^T x, U>,
+and g^T x is needed at the task's cells alone:
+
+    fa   sum of (x_I^T g) * U^T    x_I (tokens, r): the owned input channels
+    fb   sum of (g_J^T x) * U      g_J (tokens, r): the owned output channels
+
+So the slopes of all tasks of a layer cost one product, at most that of the gradient of its whole weight: a training
+step of these tasks, without gradients and optimizer state of their values. Lambda is not divided by, so there is a
+slope at 0 as well, and layers stay in the form that they are in: in place, a merge's own weights are differentiated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..region import VARIANTS
+from .layer import SboraLayer
+
+
+@contextlib.contextmanager
+def lambda_slopes(layers: Mapping[str, SboraLayer]) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """Add up d loss / d lambda, over every backward in this block, of each task that was active in its forward.
+
+    Values need no gradient, and get none. The input of a layer must require one, or nothing comes back through the
+    layers before it: `enable_input_require_grads()` of a transformers model sees to that. Backward holds a layer's
+    input, which layers that read the same tensor share.
+
+    Args:
+        layers: name -> layer.
+
+    Yields:
+        name -> adapter -> slope, 0-dim fp32 on the layer's device; filled by backward.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+
+    def watch(name: str, layer: SboraLayer) -> Any:
+        def after_forward(_: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if layer.disable_adapters or layer.merged or not output.requires_grad:
+                return
+            adapters = [adapter for adapter in layer.active_adapters if adapter in layer.sbora_values]
+            x = args[0].detach()
+
+            def after_backward(grad: Tensor) -> None:
+                own = found.setdefault(name, {})
+                for adapter, slope in _slopes(layer, adapters, x, grad).items():
+                    own[adapter] = own[adapter] + slope if adapter in own else slope
+
+            if adapters:
+                output.register_hook(after_backward)
+
+        return layer.register_forward_hook(after_forward)
+
+    with contextlib.ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(watch(name, layer).remove)
+        yield found
+
+
+@torch.no_grad()
+def _slopes(layer: SboraLayer, adapters: list[str], x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """The slope of each task.
+
+    Args:
+        x: input of the layer, (..., in_features).
+        grad: d loss / d output, (..., out_features).
+    """
+    rows, ends = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])  # (tokens, in), (tokens, out)
+    found = {}
+    for variant in VARIANTS:
+        own = [adapter for adapter in adapters if layer.variant[adapter] == variant]
+        if not own:
+            continue
+        indices = [layer.sbora_indices[adapter] for adapter in own]
+        index = torch.cat(indices).long()
+        left, right = (rows, ends) if variant == "fa" else (ends, rows)
+        product = left.t()[index].to(grad.dtype) @ right.to(grad.dtype)  # (ranks, out) or (ranks, in)
+        for adapter, part in zip(own, product.split([each.numel() for each in indices]), strict=True):
+            update = layer.update(adapter, 1.0)
+            found[adapter] = (part * (update.t() if variant == "fa" else update)).sum(dtype=torch.float32)
+    return found
