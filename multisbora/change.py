@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,14 +17,17 @@ import numpy as np
 from .cells import Cells, Place, bits, read_cells, write_cells
 from .checkpoint import CARD_FILE, RECEIPT_FILE, UNDO_FOLDER, Checkpoint, FileDigest
 from .checkpoint import reading as opened
+from .corrected import Corrected
 from .errors import CheckpointError, MergeError, UsageError
 from .geometry import Geometry, Matrix
 from .journal import Journal, journalled, require_space, require_unchanged
+from .kept import FOLDER as KEPT_FOLDER
+from .kept import Contents, Correction
 from .publish import write_whole
 from .receipt import MergedRegion, MergedTask, Receipt, card
 from .shares import Share, overlap, require_trace
 from .stream import in_threads
-from .undo import CellsFile, Shapes, digest, undo_path
+from .undo import CellsFile, CellsWriter, Shapes, digest, undo_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +139,9 @@ class Deployed:
             )
         return content
 
-    def with_task(self, name: str, task: MergedTask | None) -> Receipt:
-        """The receipt with one task put in or exchanged, or, if None, taken out; as a merge would write it."""
-        tasks = {**self.receipt.tasks, name: task}
+    def with_tasks(self, entries: Mapping[str, MergedTask | None], correction: Correction | None) -> Receipt:
+        """The receipt with some tasks put in or exchanged, or, if None, taken out; as a merge would write it."""
+        tasks = {**self.receipt.tasks, **entries}
         kept = {name: task for name, task in sorted(tasks.items()) if task is not None}
         changed = {
             self.geometry.find(module).tensor
@@ -146,16 +149,35 @@ class Deployed:
             for module, merged in task.regions.items()
             if merged.weight
         } | self.receipt.whole.keys()
-        receipt = replace(self.receipt, tasks=kept, tensors_changed=tuple(sorted(changed)), scores={})
+        receipt = replace(
+            self.receipt, tasks=kept, tensors_changed=tuple(sorted(changed)), scores={}, correction=correction
+        )
         text = card(receipt)
         told = FileDigest(hashlib.sha256(text).hexdigest(), len(text))
         return replace(receipt, files={**receipt.files, CARD_FILE: told})
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One region of the task: where its cells lie, and what decides them."""
+class Move:
+    """What an edit does to one task.
 
+    Attributes:
+        told: what the receipt says of it; None where it is new.
+        entry: what the receipt will say; None where it goes.
+        shares: what it then writes.
+    """
+
+    task: str
+    told: MergedTask | None
+    entry: MergedTask | None
+    shares: Sequence[Share]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One region of a task: where its cells lie, and what decides them."""
+
+    task: str
     module: str
     matrix: Matrix
     cells: Cells
@@ -181,28 +203,36 @@ class _Look:
 
 @dataclass(frozen=True)
 class Change:
-    """One edit."""
+    """One edit.
+
+    Attributes:
+        moves: what it does to the task, and in a corrected checkpoint to all others.
+        corrected: what a corrected checkpoint then keeps.
+    """
 
     deployed: Deployed
     operation: str
     task: str
-    told: MergedTask | None
-    entry: MergedTask | None
-    shares: Sequence[Share]
+    moves: Sequence[Move]
+    corrected: Corrected | None = None
 
     @cached_property
     def parts(self) -> list[_Part]:
-        """The task's regions, in the order of its undo file."""
+        """The regions of the tasks, each task's in the order of its undo file."""
+        return [part for move in self.moves for part in self._parts(move)]
+
+    def _parts(self, move: Move) -> list[_Part]:
         checkpoint, geometry = self.deployed.checkpoint, self.deployed.geometry
-        shares = {share.module: share for share in self.shares}
-        entry = self.entry or self.told
+        shares = {share.module: share for share in move.shares}
+        entry = move.entry or move.told
         assert entry is not None
         found = []
         for module, merged in entry.regions.items():
             matrix = geometry.find(module)
-            told = self.told.regions[module] if self.told else None
+            told = move.told.regions[module] if move.told else None
             found.append(
                 _Part(
+                    task=move.task,
                     module=module,
                     matrix=matrix,
                     cells=Cells.of(merged.region, matrix),
@@ -220,13 +250,16 @@ class Change:
         readme = self.deployed.card()
         paths = {part.path for part in self.parts}
         require_unchanged(self.deployed.checkpoint, receipt, paths)
-        kept = folder / UNDO_FOLDER
-        for path in (*sorted(paths), *([kept] if receipt.tasks or os.path.lexists(kept) else [])):
+        undo, kept = folder / UNDO_FOLDER, folder / KEPT_FOLDER
+        for path in (*sorted(paths), *([undo] if receipt.tasks or os.path.lexists(undo) else [])):
             _require_own(path, folder)
-        undo = undo_path(folder, self.task)
-        if self.told is None and undo.exists():
-            raise CheckpointError(f"{undo} is of no task that {RECEIPT_FILE} knows: delete it, then add {self.task}")
+        if self.corrected is not None and os.path.lexists(kept):
+            _require_own(kept, folder)
+        new = undo_path(folder, self.task)
+        if self.task not in receipt.tasks and new.exists():
+            raise CheckpointError(f"{new} is of no task that {RECEIPT_FILE} knows: delete it, then add {self.task}")
         size = sum(part.cells.count * part.place.dtype.itemsize for part in self.parts)
+        size += sum(contents.size for contents in self._new_files)
         require_space(folder, size + 4 * len(receipt.to_bytes()))
         if dry_run:
             return self._looked_at(None)[0]
@@ -235,7 +268,12 @@ class Change:
             if edit.receipt == receipt:
                 return edit  # the same weight as before
             after = edit.receipt.to_bytes()
-            journal.begin([part.module for part in written], (folder / RECEIPT_FILE).read_bytes(), after, readme)
+            for contents in self._new_files:
+                contents.write(folder)
+            regions: dict[str, list[str]] = {}
+            for part in written:
+                regions.setdefault(part.task, []).append(part.module)
+            journal.begin(regions, (folder / RECEIPT_FILE).read_bytes(), after, readme)
             self._write(written, edit.receipt)
             write_whole(folder / RECEIPT_FILE, after)
             write_whole(folder / CARD_FILE, card(edit.receipt))
@@ -248,38 +286,35 @@ class Change:
             CheckpointError: cells or the undo file are not what the receipt says.
             MergeError: a cell overflows, or the task would leave no trace.
         """
-        undo = None if self.told is None else CellsFile.open(undo_path(self.deployed.folder, self.task))
-        shapes: Shapes = {part.matrix.cells_name: (part.cells.shape, part.place.dtype) for part in self.parts}
+        undo = {m.task: CellsFile.open(undo_path(self.deployed.folder, m.task)) for m in self.moves if m.told}
         with ExitStack() as stack:
-            keeper = stack.enter_context(journal.keep(shapes)) if journal else None
+            keepers: dict[str, CellsWriter] = {}
+            for move in self.moves if journal else ():
+                assert journal is not None
+                own = (part for part in self.parts if part.task == move.task)
+                shapes: Shapes = {part.matrix.cells_name: (part.cells.shape, part.place.dtype) for part in own}
+                keepers[move.task] = stack.enter_context(journal.keep(move.task, shapes))
             files = {path: stack.enter_context(opened(path)) for path in {part.path for part in self.parts}}
 
             def look(part: _Part) -> _Look:
                 now = read_cells(files[part.path].fileno(), part.place, part.cells, part.path)
-                without = now if undo is None else self._checked(part, now, undo)
+                without = now if part.told is None else self._checked(part, now, undo[part.task])
                 then = without if part.share is None else part.share.compose(without, slice(None))
                 others = int(np.count_nonzero(bits(then) != bits(now)))
-                if keeper is not None and (others or undo is None):
-                    keeper.write(part.matrix.cells_name, now)
+                if keepers and (others or part.told is None):
+                    keepers[part.task].write(part.matrix.cells_name, now)
                 changed = int(np.count_nonzero(bits(then) != bits(without)))
                 return _Look(digest(then), digest(without), changed, others)
 
             looks = in_threads(look, self.parts)
-            if keeper is not None:
+            for keeper in keepers.values():
                 keeper.sync()
-        entry = None
-        if self.entry is not None:
-            changed = sum(found.changed for found in looks)
-            require_trace(self.task, self.entry, changed)
-            regions = {
-                part.module: replace(
-                    self.entry.regions[part.module], digest=found.digest, undo_digest=found.undo_digest
-                )
-                for part, found in zip(self.parts, looks, strict=True)
-            }
-            entry = replace(self.entry, regions=regions, cells_changed=changed)
+        entries = {}
+        for move in self.moves:
+            seen = [(part, found) for part, found in zip(self.parts, looks, strict=True) if part.task == move.task]
+            entries[move.task] = None if move.entry is None else _entry(move.task, move.entry, seen)
         written = [part for part, found in zip(self.parts, looks, strict=True) if found.others]
-        return self._edit(entry, written, sum(found.others for found in looks)), written
+        return self._edit(entries, written, sum(found.others for found in looks)), written
 
     def _checked(self, part: _Part, now: np.ndarray, undo: CellsFile) -> np.ndarray:
         """What the cells hold without the task.
@@ -291,20 +326,30 @@ class Change:
         name = part.matrix.cells_name
         if digest(now) != part.told.digest:
             raise CheckpointError(
-                f"{part.path}: the cells of {self.task} in {name} were changed since they were merged: merge again"
+                f"{part.path}: the cells of {part.task} in {name} were changed since they were merged: merge again"
             )
         without = undo.read(name, part.cells.shape, part.place.dtype)
         if digest(without) != part.told.undo_digest:
             raise CheckpointError(f"{undo.path}: the cells of {name} are not what {RECEIPT_FILE} says: merge again")
         return without
 
-    def _edit(self, entry: MergedTask | None, written: Sequence[_Part], cells: int) -> Edit:
+    @property
+    def _new_files(self) -> list[Contents]:
+        """The files to keep that a corrected checkpoint does not have yet."""
+        told = self.deployed.receipt.correction
+        found = [] if self.corrected is None else self.corrected.contents
+        return [contents for contents in found if told is None or contents.name not in told.names]
+
+    def _edit(self, entries: Mapping[str, MergedTask | None], written: Sequence[_Part], cells: int) -> Edit:
         folder, old = self.deployed.folder, self.deployed.receipt
-        receipt = self.deployed.with_task(self.task, entry)
+        correction = None if self.corrected is None else self.corrected.correction
+        receipt = self.deployed.with_tasks(entries, correction)
         if replace(receipt, scores=old.scores) == old:
             return Edit(self.operation, self.task, old, (), 0, 0, (), scores_dropped=False)
         files = {part.path for part in written} | {folder / RECEIPT_FILE, folder / CARD_FILE}
         files |= set() if self.operation == "reweight" else {undo_path(folder, self.task)}
+        if old.correction and correction:
+            files |= {folder / KEPT_FOLDER / name for name in old.correction.names ^ correction.names}
         return Edit(
             operation=self.operation,
             task=self.task,
@@ -323,7 +368,7 @@ class Change:
             CheckpointError: the undo file changes under our hands.
             OSError: the system refused a write.
         """
-        undo = CellsFile.open(undo_path(self.deployed.folder, self.task))
+        undo = {task: CellsFile.open(undo_path(self.deployed.folder, task)) for task in {p.task for p in written}}
         with ExitStack() as stack:
             files = {
                 path: stack.enter_context(path.open("r+b", buffering=0))
@@ -331,19 +376,44 @@ class Change:
             }
 
             def write(part: _Part) -> None:
-                new = undo.read(part.matrix.cells_name, part.cells.shape, part.place.dtype)
+                new = undo[part.task].read(part.matrix.cells_name, part.cells.shape, part.place.dtype)
                 if part.share is not None:
                     new = part.share.compose(new, slice(None))
-                    expected = receipt.tasks[self.task].regions[part.module].digest
+                    expected = receipt.tasks[part.task].regions[part.module].digest
                 else:
                     expected = part.told.undo_digest if part.told else None
                 if digest(new) != expected:
-                    raise CheckpointError(f"{undo.path} changed while it was read: is another program at work?")
+                    path = undo[part.task].path
+                    raise CheckpointError(f"{path} changed while it was read: is another program at work?")
                 write_cells(files[part.path].fileno(), part.place, part.cells, new, part.path)
 
-            in_threads(write, written)
+            # Columns are written in blocks that hold other tasks' cells too: never two of one tensor at once.
+            tensors: dict[str, list[_Part]] = {}
+            for part in written:
+                tensors.setdefault(part.matrix.tensor, []).append(part)
+
+            def write_all(parts: Sequence[_Part]) -> None:
+                for part in parts:
+                    write(part)
+
+            in_threads(write_all, tensors.values())
             for file in files.values():
                 os.fsync(file.fileno())
+
+
+def _entry(task: str, entry: MergedTask, looks: Sequence[tuple[_Part, _Look]]) -> MergedTask:
+    """What the receipt will say of a task, with what its cells came to.
+
+    Raises:
+        MergeError: the task would leave no trace.
+    """
+    changed = sum(found.changed for _, found in looks)
+    require_trace(task, entry, changed)
+    regions = {
+        part.module: replace(entry.regions[part.module], digest=found.digest, undo_digest=found.undo_digest)
+        for part, found in looks
+    }
+    return replace(entry, regions=regions, cells_changed=changed)
 
 
 def _require_own(path: Path, folder: Path) -> None:

@@ -58,6 +58,18 @@ def merge(
             "recipes say, if not given.",
         ),
     ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            help="plain: the cells hold what was trained. corrected: other values in them, by which tasks disturb each "
+            "other less; needs `multisbora measure` of every task.",
+        ),
+    ] = "plain",
+    ridge: Annotated[
+        float | None,
+        typer.Option("--ridge", help="Pull of a corrected merge towards the plain one, 0.01 if not given."),
+    ] = None,
     composition: Composition = None,
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Merge adapters that were trained on another base.")
@@ -81,6 +93,8 @@ def merge(
         allow_base_mismatch=allow_base_mismatch,
         dry_run=dry_run,
         say=say,
+        method=method,
+        ridge=ridge,
     )
     rows = _task_rows(merged.receipt)
     done = f"wrote {output}: prove it with `multisbora verify {output}`"

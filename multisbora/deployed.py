@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from .layout import parse_size
 from .lifecycle import required
 from .project import PROJECT_FILE, Project
 from .recipe import load
+from .registry import Registry
 from .registry.replay import digests
 from .shares import model_name
 from .weights import TaskWeight, parse_weights, read_weights
@@ -24,6 +25,7 @@ from .weights import TaskWeight, parse_weights, read_weights
 if TYPE_CHECKING:
     from .change import Edit
     from .difference import Difference
+    from .moments import Moments
     from .receipt import Receipt
     from .verify import Proof
 
@@ -75,8 +77,14 @@ def merge_tasks(
     allow_base_mismatch: bool,
     dry_run: bool,
     say: Say,
+    method: str = "plain",
+    ridge: float | None = None,
 ) -> Merged:
-    """Merge trained tasks of the project's composition; None takes all that hold claims in it."""
+    """Merge trained tasks of the project's composition; None takes all that hold claims in it.
+
+    Args:
+        method, ridge: as in `merge.merge`, with the moments that the registry has.
+    """
     told, from_file = parse_weights(weight), read_weights(weights_from) if weights_from else {}
     shard_size = None if max_shard_size is None else parse_size(max_shard_size)
     with required(project) as registry:
@@ -92,6 +100,7 @@ def merge_tasks(
             registry.task(project.model_name, task, project.composition)
         with registry.reading() as reader:
             known = {task: digests(reader, project.model_name, task) for task in chosen}
+        moments = _moments(registry, project, chosen) if method == "corrected" else None
     if unused := sorted(set(from_file) - set(chosen)):
         say(f"{weights_from}: the weights of {', '.join(unused)} are not used, since they are not merged")
     for task in chosen:
@@ -115,6 +124,9 @@ def merge_tasks(
         allow_base_mismatch=allow_base_mismatch,
         max_shard_size=shard_size,
         whole_modules=whole_modules or _whole_modules(project, chosen),
+        method=method,
+        moments=moments,
+        ridge=ridge,
         dry_run=dry_run,
     )
     seconds = time.perf_counter() - started
@@ -125,10 +137,17 @@ def merge_tasks(
             "output": str(output.resolve()),
             "host": socket.gethostname(),
             "weights": {name: task.weight.to_json() for name, task in receipt.tasks.items()},
+            **({"ridge": receipt.correction.ridge} if receipt.correction else {}),
         }
         event = ("merge", project.model_name, project.composition, None, detail)
         tell(project, say, f"{output} is complete", lambda registry: registry.record(*event))
     return Merged(receipt, 2 * seconds if dry_run else None)
+
+
+def _moments(registry: Registry, project: Project, tasks: Iterable[str]) -> dict[str, Moments]:
+    """The moments that a registry has of tasks; what is missing, the merge says."""
+    found = {task: registry.moments(project.model_name, task) for task in tasks}
+    return {task: moments for task, moments in found.items() if moments is not None}
 
 
 def _whole_modules(project: Project, tasks: Sequence[str]) -> dict[str, str]:
@@ -181,9 +200,19 @@ def add_task(
 ) -> Edit:
     """Put a task into a merged checkpoint; its adapter is the project's where none is given."""
     from .edit import add
+    from .receipt import Receipt
 
     value = _weight(task, weight, weights_from)
     project, folder, known = _adapter(path, task, adapter)
+    receipt, moments = Receipt.read(path), None
+    if receipt.correction is not None:
+        if project is None:
+            raise UsageError(
+                f"{path} is a corrected merge, and no {PROJECT_FILE} here says which registry has the moments of "
+                f"{task}: go to the project's folder"
+            )
+        with required(project, task) as registry:
+            moments = _moments(registry, project, (*receipt.tasks, task))
     edit = add(
         path,
         folder,
@@ -191,6 +220,7 @@ def add_task(
         claims=known,
         allow_base_mismatch=allow_base_mismatch,
         base_view=base_view,
+        moments=moments,
         dry_run=dry_run,
         say=say,
     )

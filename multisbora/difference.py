@@ -126,6 +126,7 @@ def diff(
     Raises:
         CheckpointError: the checkpoint is no merged one or was altered since, or `output` is taken or cannot be
             written.
+        MergeError: it is a corrected merge.
     """
     folder = Path(folder)
     with reading(folder, say=say):
@@ -135,6 +136,10 @@ def diff(
 def _diff(folder: Path, output: Path, dry_run: bool) -> Difference:
     checkpoint = Checkpoint.open(folder)
     receipt, texts = _told(folder)
+    if receipt.correction is not None:
+        raise MergeError(
+            f"{folder} is a corrected merge, which keeps more than cells, and a patch has nothing else: copy the folder"
+        )
     for target in lay_out(checkpoint, None).targets:
         if receipt.weights.get(target.name) != _weights_file(target):
             raise _altered(folder, target.name)
@@ -185,6 +190,8 @@ def apply(
     """
     patch, base = Path(patch), Path(base)
     receipt, card, file = _open(patch)
+    if receipt.correction is not None:
+        raise CheckpointError(f"{patch} is of a corrected merge, which no patch can make again: copy the merged folder")
     checkpoint = Checkpoint.open(base)
     _require_files(checkpoint, receipt, patch)
     geometry = replace(from_checkpoint(base, checkpoint.headers), model=receipt.base_model)

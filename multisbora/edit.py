@@ -1,8 +1,9 @@
 """Tasks in and out of a merged checkpoint where it lies: `add`, `remove`, `reweight`.
 
-Only the task's own cells are read and written, so an edit costs what its region costs and not what the checkpoint
-does. What comes out is, byte for byte and in all files, what a merge of the tasks that are then in it would have made.
-`journal` sees to it that an edit happens whole or not at all.
+Only the task's own cells are read and written, so an edit costs what its region costs and not what the checkpoint does.
+In a corrected merge all tasks are solved again, so there it costs what the regions of all of them do. What comes out
+is, byte for byte and in all files, what a merge of the tasks that are then in it would have made. `journal` sees to it
+that an edit happens whole or not at all.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from .adapter import Adapter
-from .change import Change, Deployed, Edit
+from .change import Change, Deployed, Edit, Move
 from .checkpoint import RECEIPT_FILE, Checkpoint
 from .errors import AdapterError, UsageError
 from .geometry import from_checkpoint
 from .journal import editing, reading
 from .locks import Say
+from .moments import Moments
 from .receipt import MergedRegion, MergedTask, Receipt
+from .recorrected import check_moments, resolve
 from .shares import check_base, check_claims, merged_task, shares_of
 from .view import choose_view
 from .weights import TaskWeight, Weight
@@ -35,6 +38,7 @@ def add(
     claims: Mapping[str, Collection[str]] | None = None,
     allow_base_mismatch: bool = False,
     base_view: str | None = None,
+    moments: Mapping[str, Moments] | None = None,
     dry_run: bool = False,
     say: Say = lambda message: None,
 ) -> Edit:
@@ -45,14 +49,17 @@ def add(
         adapter: folder of the task's adapter.
         weight: lambda, or {"default": lambda, pattern of modules: lambda}.
         claims, allow_base_mismatch, base_view: as in `merge`; the view must be the one that the checkpoint is on.
+        moments: task -> second moments of its rows, of this task and all that are there, if they were merged corrected;
+            of those the same as then.
         dry_run: check everything, reading the cells, and say what would be done; write nothing.
         say: told if a former edit had been cut short.
 
     Raises:
         UsageError: the task is in it already, the weight means nothing, or the view is not that of the checkpoint.
         AdapterError: the adapter is damaged, belongs to another base or to other claims, or does not fit.
-        MergeError: the task shares a cell with another one, changes nothing, trained a module whole, or a cell
-            overflows.
+        DataError: moments are missing, are of another base, or are not those of the merge.
+        MergeError: the task shares a cell with another one, changes nothing, trained a module whole, a cell overflows,
+            or the equations of a corrected merge are singular.
         CheckpointError: no merged checkpoint, one that was changed, is in use, or shares files with another folder; or
             a write failed, and all is as it was.
     """
@@ -60,6 +67,7 @@ def add(
     lambdas = TaskWeight.of(weight, found.task)
     with _opened(folder, dry_run, say) as deployed:
         receipt = deployed.receipt
+        check_moments(deployed, moments)
         if found.task in receipt.tasks:
             raise UsageError(
                 f"{folder} holds task {found.task} already: `reweight` gives it another weight; to put in what was "
@@ -73,13 +81,16 @@ def add(
         deployed.require_free(shares)
         deployed.require_regions_alone(found.task, whole_of(found, lambdas))
         entry = merged_task(found, lambdas, deployed.geometry)
-        return Change(deployed, "add", found.task, None, entry, shares).make(dry_run)
+        moves, corrected = resolve(deployed, Move(found.task, None, entry, shares), moments)
+        return Change(deployed, "add", found.task, moves, corrected).make(dry_run)
 
 
 def remove(
     folder: str | os.PathLike[str], task: str, *, dry_run: bool = False, say: Say = lambda message: None
 ) -> Edit:
     """Take a task out of a merged checkpoint: its cells hold the base's bits again. Needs neither base nor adapter.
+
+    The other tasks of a corrected merge are solved again, as if it had never been there.
 
     The last task may go, too; then the weights are the base's.
 
@@ -91,7 +102,8 @@ def remove(
     with _opened(folder, dry_run, say) as deployed:
         told = deployed.told(task)
         deployed.require_regions_alone(task)
-        return Change(deployed, "remove", task, told, None, []).make(dry_run)
+        moves, corrected = resolve(deployed, Move(task, told, None, []))
+        return Change(deployed, "remove", task, moves, corrected).make(dry_run)
 
 
 def reweight(
@@ -130,7 +142,8 @@ def reweight(
                 f"{found.path} is not the adapter of {found.task} that was merged into {folder}: remove {found.task} "
                 "there, then add it anew"
             )
-        return Change(deployed, "reweight", found.task, told, entry, shares).make(dry_run)
+        moves, corrected = resolve(deployed, Move(found.task, told, entry, shares))
+        return Change(deployed, "reweight", found.task, moves, corrected).make(dry_run)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .cells import Cells, write_all, write_cells
@@ -22,9 +22,10 @@ from .checkpoint import CARD_FILE, RECEIPT_FILE, UNDO_FOLDER, Checkpoint
 from .checkpoint import reading as opened
 from .errors import CheckpointError, MultisboraError
 from .geometry import from_checkpoint
+from .kept import FOLDER as KEPT_FOLDER
 from .locks import BusyError, Say, exclusive, shared
 from .publish import sync_folder, write_whole
-from .receipt import Receipt
+from .receipt import MergedRegion, Receipt
 from .undo import WHOLE, CellsFile, CellsWriter, Shapes, digest, undo_path
 
 FOLDER = ".multisbora_journal"
@@ -87,6 +88,7 @@ class Note:
         modules: the regions of the task that are overwritten.
         before, after: sha256 (hex) of the receipt's file.
         card: the same of the model card; None where there is none.
+        others: the regions of other tasks that are overwritten too, as they are in a corrected checkpoint.
     """
 
     operation: str
@@ -95,6 +97,12 @@ class Note:
     before: str
     after: str
     card: str | None
+    others: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def regions(self) -> dict[str, tuple[str, ...]]:
+        """All regions that are overwritten, by their tasks."""
+        return {self.task: self.modules, **self.others}
 
     @property
     def adds(self) -> bool:
@@ -103,6 +111,8 @@ class Note:
 
     def to_bytes(self) -> bytes:
         content = asdict(self)
+        if not self.others:
+            del content["others"]
         return json.dumps({"format": 1, "note": content, "digest": _note_digest(content)}, indent=1).encode()
 
     @classmethod
@@ -112,7 +122,8 @@ class Note:
             note = content["note"]
             if content["format"] != 1 or content["digest"] != _note_digest(note):
                 raise ValueError
-            return cls(**{**note, "modules": tuple(note["modules"])})
+            others = {task: tuple(modules) for task, modules in note.get("others", {}).items()}
+            return cls(**{**note, "modules": tuple(note["modules"]), "others": others})
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise _damaged(path) from None
 
@@ -130,18 +141,19 @@ class Journal:
     task: str
     begun: bool = False
 
-    def keep(self, shapes: Shapes) -> CellsWriter:
-        """The file for the old bytes; of a task that is added, that is its undo file. `begin` needs it synced."""
-        if self.operation == "add":
-            path = undo_path(self.folder, self.task)
-            return CellsWriter(path, shapes, {"multisbora": "undo", "task": self.task})
-        return CellsWriter(self.folder / _PARTIAL / _CELLS, shapes, {"multisbora": "journal", "task": self.task})
+    def keep(self, task: str, shapes: Shapes) -> CellsWriter:
+        """The file for the old bytes of one task's cells; of the task that is added, that is its undo file. `begin`
+        needs it synced."""
+        if self.operation == "add" and task == self.task:
+            return CellsWriter(undo_path(self.folder, task), shapes, {"multisbora": "undo", "task": task})
+        path = self.folder / _PARTIAL / (_CELLS if task == self.task else _cells_of(task))
+        return CellsWriter(path, shapes, {"multisbora": "journal", "task": task})
 
-    def begin(self, modules: Sequence[str], before: bytes, after: bytes, card: bytes | None) -> None:
+    def begin(self, regions: Mapping[str, Sequence[str]], before: bytes, after: bytes, card: bytes | None) -> None:
         """Have all that the old state takes on the disk. From here on weights may be written.
 
         Args:
-            modules: the task's regions that will be overwritten.
+            regions: task -> its regions that will be overwritten.
             before, after: the receipt's file.
             card: README.md as it is; None where there is none.
         """
@@ -149,7 +161,13 @@ class Journal:
         if self.operation == "add":
             sync_folder(self.folder / UNDO_FOLDER)
         note = Note(
-            self.operation, self.task, tuple(modules), _sha(before), _sha(after), None if card is None else _sha(card)
+            operation=self.operation,
+            task=self.task,
+            modules=tuple(regions.get(self.task, ())),
+            before=_sha(before),
+            after=_sha(after),
+            card=None if card is None else _sha(card),
+            others={task: tuple(modules) for task, modules in regions.items() if task != self.task},
         )
         for name, data in {_BEFORE: before, _AFTER: after, CARD_FILE: card, _NOTE: note.to_bytes()}.items():
             if data is not None:
@@ -265,25 +283,33 @@ def _roll_back(folder: Path) -> None:
     before, after = (_read(journal / name, sha) for name, sha in ((_BEFORE, note.before), (_AFTER, note.after)))
     card = None if note.card is None else _read(journal / CARD_FILE, note.card)
     old = Receipt.parse(before, journal / _BEFORE)
-    told = (Receipt.parse(after, journal / _AFTER) if note.adds else old).tasks.get(note.task)
-    if told is None or not set(told.regions).issuperset(note.modules):
-        raise _damaged(journal / _NOTE)
+    told = {task: old.tasks.get(task) for task in note.regions}
+    if note.adds:
+        told[note.task] = Receipt.parse(after, journal / _AFTER).tasks.get(note.task)
     checkpoint, geometry = Checkpoint.open(folder), from_checkpoint(folder)
-    files: dict[Path, list[str]] = {}
-    for module in note.modules:
-        files.setdefault(checkpoint.where[geometry.find(module).tensor], []).append(module)
+    files: dict[Path, list[tuple[str, str, MergedRegion]]] = {}
+    for task, modules in note.regions.items():
+        regions = {} if (entry := told[task]) is None else entry.regions
+        if entry is None or not regions.keys() >= set(modules):
+            raise _damaged(journal / _NOTE)
+        for module in modules:
+            part = (task, module, regions[module])
+            files.setdefault(checkpoint.where[geometry.find(module).tensor], []).append(part)
     require_unchanged(checkpoint, old, files.keys())
-    source = undo_path(folder, note.task) if note.adds else journal / _CELLS
-    kept = CellsFile.open(source)  # without a cell in it where only the receipt changes
+    sources = {task: journal / _cells_of(task) for task in note.others}
+    sources[note.task] = undo_path(folder, note.task) if note.adds else journal / _CELLS
+    # Without a cell in them where only the receipt changes.
+    kept = {task: CellsFile.open(source) for task, source in sources.items()}
     for put in (False, True) if files else ():
-        for path, modules in files.items():
+        for path, parts in files.items():
             with open(path, "r+b" if put else "rb", opener=_not_through_links) as file:
-                for module in modules:
-                    region, matrix = told.regions[module], geometry.find(module)
+                for task, module, region in parts:
+                    matrix = geometry.find(module)
                     cells, place = Cells.of(region.region, matrix), checkpoint.place(matrix.tensor)
-                    held = kept.read(matrix.cells_name, cells.shape, place.dtype)
-                    if digest(held) != (region.undo_digest if note.adds else region.digest):
-                        raise _damaged(source)
+                    held = kept[task].read(matrix.cells_name, cells.shape, place.dtype)
+                    mark = region.undo_digest if note.adds and task == note.task else region.digest
+                    if digest(held) != mark:
+                        raise _damaged(sources[task])
                     if put:
                         write_cells(file.fileno(), place, cells, held, path)
                 if put:
@@ -300,17 +326,19 @@ def _roll_back(folder: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what no edit needs any more: the journal, halves of files, and undo files of tasks that are not there."""
+    """Remove what no edit needs any more: the journal, halves of files, undo files of tasks that are not there, and
+    kept files that are not the receipt's."""
     receipt = Receipt.read(folder)
-    kept = {*receipt.tasks, *([WHOLE] if receipt.whole else [])}
-    undo = folder / UNDO_FOLDER
-    if undo.is_dir() and not undo.is_symlink():
-        for path in undo.glob("*.safetensors"):
-            if path.stem not in kept:
-                path.unlink()
-        sync_folder(undo)
-        if not any(undo.iterdir()):
-            undo.rmdir()
+    undo = {undo_path(folder, owner).name for owner in (*receipt.tasks, *([WHOLE] if receipt.whole else []))}
+    corrected = receipt.correction.names if receipt.correction else frozenset[str]()
+    for place, needed in ((folder / UNDO_FOLDER, undo), (folder / KEPT_FOLDER, corrected)):
+        if place.is_dir() and not place.is_symlink():
+            for path in place.glob("*.safetensors"):
+                if path.name not in needed:
+                    path.unlink()
+            sync_folder(place)
+            if not any(place.iterdir()):
+                place.rmdir()
     for name in (RECEIPT_FILE, CARD_FILE):
         for path in folder.glob(f".{name}.*.partial"):
             path.unlink()
@@ -323,6 +351,11 @@ def _sweep(folder: Path) -> None:
 def _not_through_links(path: str, flags: int) -> int:
     """No edit begins where weights are links, so a folder in which one ends there comes from somebody else."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _cells_of(task: str) -> str:
+    """The file for the old bytes of another task than the one that is added, removed or re-weighted."""
+    return f"cells-{task}.safetensors"
 
 
 def _interrupted(folder: Path) -> bool:

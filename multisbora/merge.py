@@ -19,11 +19,14 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import CARD_FILE, UNDO_FOLDER, Checkpoint, FileDigest, copy_file
-from .errors import CheckpointError
+from .correct import RIDGE, check_ridge
+from .corrected import Corrected, Measured, correct_all
+from .errors import CheckpointError, UsageError
 from .geometry import Geometry, from_checkpoint
 from .header import INDEX_FILE
 from .journal import reading
 from .layout import lay_out
+from .moments import Moments
 from .patching import TensorPatch, View, Written
 from .publish import check_output, publish
 from .receipt import MergedTask, MergedWhole, Receipt, WeightsFile, card
@@ -45,6 +48,8 @@ from .weights import TaskWeight, Weight, resolve
 from .whole import require_apart
 from .whole import whole_modules as find_whole
 
+METHODS = ("plain", "corrected")
+
 
 def merge(
     base: str | os.PathLike[str],
@@ -58,6 +63,9 @@ def merge(
     allow_base_mismatch: bool = False,
     whole_modules: str | Mapping[str, str] = "refuse",
     max_shard_size: int | None = None,
+    method: str = "plain",
+    moments: Mapping[str, Moments] | None = None,
+    ridge: float | None = None,
     dry_run: bool = False,
 ) -> Receipt:
     """Write one checkpoint with all tasks in it: the base's files, with each task's cells at W0 + lambda * s * values.
@@ -77,15 +85,22 @@ def merge(
         whole_modules: what happens to modules that a task trained whole (`modules_to_save`): "refuse" them, "keep" the
             one there is, or "average" them by lambda; for all tasks, or task -> which.
         max_shard_size: lay the tensors out in files of at most so many bytes of tensors; None keeps the base's files.
+        method: "plain", each task's cells hold what it trained; or "corrected", other values in the same cells, by
+            which tasks disturb each other's inputs less: see `correct`. Lambda then says how much of each is wished.
+        moments: task -> second moments of its rows, which a corrected merge needs of every task.
+        ridge: how strongly a corrected merge is pulled towards the plain one, positive; `correct.RIDGE` if None.
         dry_run: check everything, reading the base once, and return the receipt as far as it is known; write nothing.
 
     Raises:
         UsageError: no adapters, a weight of an unknown task or that is not finite, or adapters that were trained on
             different views of the base while `base_view` names none.
         AdapterError: an adapter is damaged, belongs to another base or to other claims, or does not fit the base.
-        MergeError: two adapters have one name or share a cell, a task changes nothing, or a cell overflows.
+        DataError: moments are missing, or of another base.
+        MergeError: two adapters have one name or share a cell, a task changes nothing, a cell overflows, or the
+            equations of a corrected merge are singular.
         CheckpointError: the base is unreadable, `output` is taken, or the disk is full.
     """
+    _check_method(method, moments, ridge)
     loaded = load(adapters)
     lambdas = resolve((adapter.task for adapter in loaded), weights)
     check_claims(loaded, claims or {})
@@ -102,10 +117,22 @@ def merge(
     require_apart(whole, shares)
     if not allow_base_mismatch:
         check_base(loaded, None, base)
+    measured, corrected = None, None
+    if method == "corrected":
+        measured = Measured(moments or {}, [adapter.task for adapter in loaded])
+        if not allow_base_mismatch:
+            measured.check_adapters(loaded)
+        every = [share for found in shares.values() for share in found]
+        corrected = correct_all(every, measured.rows, RIDGE if ridge is None else float(ridge), measured.block)
+        shares = {}
+        for share in (share for task in corrected.shares.values() for share in task):
+            shares.setdefault(share.matrix.tensor, []).append(share)
 
     def check(base_print: str, passed: Mapping[str, Passed]) -> None:
         if not allow_base_mismatch:
             check_base(loaded, base_print, base)
+        if measured is not None:
+            measured.check_base(base_print)
 
     tasks = {adapter.task: merged_task(adapter, lambdas[adapter.task], geometry) for adapter in loaded}
     return write_merged(
@@ -117,9 +144,25 @@ def merge(
         quantization,
         max_shard_size,
         whole={tensor: MergedWhole(found.how, found.weights) for tensor, found in whole.items()},
+        corrected=corrected,
         check=check,
         dry_run=dry_run,
     )
+
+
+def _check_method(method: str, moments: object, ridge: float | None) -> None:
+    """Refuse a method that is unknown, a ridge that is none, or what would be read and ignored.
+
+    Raises:
+        UsageError: as it says.
+    """
+    if method not in METHODS:
+        raise UsageError(f"the method {method!r} is unknown: use {' or '.join(METHODS)}")
+    for what, given in (("moments", moments), ("ridge", ridge)):
+        if method != "corrected" and given is not None:
+            raise UsageError(f"a plain merge knows no {what}: leave it out, or merge with --method corrected")
+    if ridge is not None:
+        check_ridge(ridge)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +204,7 @@ def write_merged(
     max_shard_size: int | None,
     *,
     whole: Mapping[str, MergedWhole] | None = None,
+    corrected: Corrected | None = None,
     check: Callable[[str, Mapping[str, Passed]], None],
     original: Original | None = None,
     dry_run: bool = False,
@@ -171,6 +215,7 @@ def write_merged(
         checkpoint: the base.
         shares: stored tensor -> what goes into it.
         tasks, whole: what the receipt says of them, but for what only the pass over the tensors can tell.
+        corrected: what is kept beside, where `shares` are those of a corrected merge.
         check: called with the fingerprint of the base, and the digests of its tensors, before anything is published;
             raises to refuse it.
         original: what the result must be, byte by byte; None where it is new.
@@ -179,7 +224,7 @@ def write_merged(
         MergeError: a cell overflows, a task leaves no trace, or a name is none that a receipt may hold.
         CheckpointError: the base is unreadable, `output` is taken, the disk is full, or the result is not `original`.
     """
-    whole = whole or {}
+    whole, kept = whole or {}, [] if corrected is None else corrected.contents
     layout = lay_out(checkpoint, max_shard_size)
     targets, index, companions = layout.targets, layout.index, layout.companions
     if original is not None:
@@ -189,6 +234,7 @@ def write_merged(
     sizes |= {} if index is None else {INDEX_FILE: len(index)}
     needed = sum(target.size for target in targets) + sum(sizes.values())
     needed += sum(rows * columns * dtype.itemsize for of in undo.values() for (rows, columns), dtype in of.values())
+    needed += sum(contents.size for contents in kept)
     check_output(output, needed)
     view = None if quantization is None else View(quantization, geometry, checkpoint)
     receipt = Receipt(
@@ -202,6 +248,7 @@ def write_merged(
         max_shard_size=max_shard_size,
         quantization=quantization,
         whole=dict(whole),
+        correction=None if corrected is None else corrected.correction,
     )
     receipt.check()
     if dry_run:
@@ -226,6 +273,8 @@ def write_merged(
             passed = stream(checkpoint, targets, partial, patches, threads=None if view is None else 1)
         base_print = fingerprint_of(checkpoint, geometry, passed)
         check(base_print, passed)
+        for contents in kept:
+            contents.write(partial)
         receipt = replace(receipt, base_fingerprint=base_print)
         if view is not None and receipt.base_checked:
             view.check()

@@ -11,6 +11,8 @@ from typing import Any, cast
 
 from .checkpoint import RECEIPT_FILE, UNDO_FOLDER, FileDigest
 from .errors import CheckpointError, MergeError, UsageError
+from .kept import FOLDER as KEPT_FOLDER
+from .kept import Correction
 from .publish import write_whole
 from .receipt_form import FORMAT, check_form
 from .region import Region
@@ -113,6 +115,8 @@ class Receipt:
         scores: what `evaluate` adds; empty after a merge.
         quantization: of the dequantised base that the tasks were added to; None for the base as stored.
         whole: stored tensor -> how tasks were merged that trained all of it. Counts of cells leave these out.
+        correction: of a corrected merge, see `correct`; None where tasks were merged as they are. A plain receipt's
+            file does not speak of it.
     """
 
     base_model: str
@@ -126,6 +130,7 @@ class Receipt:
     scores: dict[str, Any] = field(default_factory=dict)
     quantization: Quantization | None = None
     whole: dict[str, MergedWhole] = field(default_factory=dict)
+    correction: Correction | None = None
 
     @property
     def base_checked(self) -> bool:
@@ -180,6 +185,7 @@ class Receipt:
             "cells_changed": self.cells_changed,
             "cells_owned": self.cells_owned,
             "scores": self.scores,
+            **({} if self.correction is None else {"corrected": self.correction.to_json()}),
         }
 
     def to_bytes(self) -> bytes:
@@ -234,7 +240,7 @@ class Receipt:
             raise CheckpointError(f"{path} cannot be used, {error}: merge again") from None
         try:
             check_form(content)
-            quantization = content["base"]["quantization"]
+            quantization, correction = content["base"]["quantization"], content.get("corrected")
             return cls(
                 base_model=content["base"]["model"],
                 base_fingerprint=content["base"]["fingerprint"],
@@ -247,6 +253,7 @@ class Receipt:
                 whole={tensor: MergedWhole(**entry) for tensor, entry in content["whole"].items()},
                 scores=content["scores"],
                 quantization=None if quantization is None else Quantization.from_json(quantization),
+                correction=None if correction is None else Correction.from_json(correction),
             )
         except UsageError as error:
             why = shown(str(error), 300)
@@ -278,6 +285,16 @@ weights before the tasks were added, so their other cells differ from the stored
 """
     )
     moved = "".join(f"\n{sentence}.\n" for sentence in receipt.moved())
+    wrote = "`base + lambda * scaling * values`"
+    corrected = ""
+    if receipt.correction is not None:
+        wrote = "`base + corrected values`"
+        corrected = f"""
+This is a corrected merge: the values of each task are not those that it trained, but those by which all tasks together
+come nearest to what each of them, at its lambda, does alone, by least squares over the second moments of what their
+rows send into each matrix (ridge {receipt.correction.ridge:g}). `{KEPT_FOLDER}/` holds the values as trained and as
+corrected, and these moments: with them tasks are taken out, and the others solved again.
+"""
     text = f"""---
 {"".join(line + chr(10) for line in front)}tags:
 - multisbora
@@ -294,10 +311,10 @@ base; file names, tensor names, shapes, dtypes and the tokenizer are the base's 
 ## How it was made
 
 Each task owns some columns (fa) or rows (fb) of the weight matrices and was trained there alone (SBoRA, arXiv
-2407.05413). Merging wrote `base + lambda * scaling * values` into the cells of each task, computed in fp32 and rounded
+2407.05413). Merging wrote {wrote} into the cells of each task, computed in fp32 and rounded
 once. No cell has two owners, and every other cell has the base's bits. The tasks still act on each other's activations:
 look at their scores together, not only at their cells.
-
+{corrected}
 ## How to check it
 
 `{RECEIPT_FILE}` lists tasks, cells and digests of every file and tensor; `{UNDO_FOLDER}/` holds what the tasks' cells

@@ -91,6 +91,19 @@ class _Whole(_Part):
     undo_digest: _Digest | None
 
 
+class _KeptTask(_Part):
+    digest: _Digest
+    size: _Count
+    rows: _Count
+    tokens: _Count
+    source: Literal["task", "text"]
+
+
+class _Correction(_Part):
+    ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    tasks: dict[_Task, _KeptTask]
+
+
 class _WeightsFile(_Part):
     size: _Count
     header: _Digest
@@ -114,6 +127,7 @@ class _Receipt(_Part):
     cells_changed: _Count | None
     cells_owned: _Count
     scores: dict[str, Any]
+    corrected: _Correction | None = None  # only in receipts of corrected merges
 
 
 def check_form(content: Any) -> None:

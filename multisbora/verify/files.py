@@ -36,7 +36,8 @@ def listed_files(merged: Path, told: Told) -> Iterator[str]:
     listed = told.files.keys() | told.weights.keys()
     for name in sorted(listed - present):
         yield f"{name} is in the receipt but not in {merged}"
-    for name in sorted(present - listed - {RECEIPT} - {undo_name(owner) for owner in told.undo_files}):
+    beside = {RECEIPT, *told.kept_files.values(), *(undo_name(owner) for owner in told.undo_files)}
+    for name in sorted(present - listed - beside):
         yield f"{name} is in {merged} but not in the receipt"
     for name in sorted(told.files):
         if name in told.weights or name.lower().endswith(_STRANGE) or name == _ADAPTER:

@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 from ..untrusted import shown
 from .adapters import Task
 from .cells import WHOLE, Impossible, Share, Window, Wrong, claim, place
+from .corrected import Kept
 from .dequantized import Dequantized
 from .files import base_files, carried_metadata, interrupted, layout, listed_files, other_weights, own_layout
 from .names import Matrix, Model, fingerprint, model_type
@@ -78,8 +79,10 @@ class Audit:
         except UNREADABLE as error:
             self.problems += [*files, f"{self.merged} has no readable weights: {one_line(error)}", *around]
             return self._proof(told)
+        kept = Kept(self.merged, told)
+        self.problems += kept.problems  # before the cells, of which they decide what is right
         # A wrong cell says more than the wrong digest of its file: it goes first.
-        self._compare(told, before, after, model)
+        self._compare(told, before, after, model, kept)
         if not self.problems:
             self.problems += self._totals(told)
         if told.max_shard_size is None:
@@ -116,14 +119,14 @@ class Audit:
             ]
         return problems
 
-    def _compare(self, told: Told, before: Weights, after: Weights, model: Model) -> None:
+    def _compare(self, told: Told, before: Weights, after: Weights, model: Model, kept: Kept) -> None:
         wrong: list[str] = []
         if lacking := sorted(before.tensors.keys() - after.tensors.keys()):
             wrong.append(f"{lacking[0]} of the base is missing in {self.merged}")
         if added := sorted(after.tensors.keys() - before.tensors.keys()):
             wrong.append(f"{added[0]} is in {self.merged} but not in the base")
         undo = Undo(self.merged, told.undo_files)
-        wrong += self._find_shares(told, model, undo)
+        wrong += self._find_shares(told, model, undo, kept)
         wrong += self._find_whole(told, before, undo)
         undo.check_rest()
         seen = None
@@ -149,6 +152,9 @@ class Audit:
         wrong += [problem for finding in self.findings for problem in finding.base]
         wrong += [problem for finding in self.findings for problem in finding.cells]
         self.problems += wrong
+        if not wrong:
+            updates = [share for found in self.shares.values() for share in found if isinstance(share, Update)]
+            self.problems += kept.unsolved(updates, told)
         if seen is not None and told.checked and not wrong and not seen.is_whole():
             self.problems.append(
                 "the dequantised base is not, bit for bit, the one that the tasks were trained on: another version of "
@@ -167,7 +173,7 @@ class Audit:
         if digests.keys() == before.tensors.keys() and told.fingerprint != fingerprint(before.tensors, digests):
             self.problems.append(f"the receipt has another base fingerprint than that of {self.base}")
 
-    def _find_shares(self, told: Told, model: Model, undo: Undo) -> list[str]:
+    def _find_shares(self, told: Told, model: Model, undo: Undo, kept: Kept) -> list[str]:
         """Which tensors the adapters' regions lie in; and what is impossible of them."""
         problems = []
         for task in self.tasks:
@@ -179,7 +185,7 @@ class Audit:
                     problems.append(f"{task.name}: {module}: {error}")
                     continue
                 weight, share.adapter = told.tasks[task.name].at(module), task
-                share.factor = weight * trained.scaling if weight else None
+                share.factor, share.merged = weight * trained.scaling if weight else None, kept.merged(share)
                 share.undo = undo.stored(share, model.dtype(matrix))
                 self.shares.setdefault(matrix.tensor, []).append(share)
         return problems

@@ -19,6 +19,7 @@ from blake3 import blake3
 from ..errors import CheckpointError
 from ..untrusted import shown
 from .cells import WHOLE, Impossible, Passing, Share, claim
+from .corrected import Kept
 from .files import interrupted, listed_files, other_weights, own_layout
 from .names import Matrix, Model, fingerprint, model_type
 from .proof import MAX_PROBLEM, Proof, TaskProof
@@ -52,7 +53,7 @@ class Check:
             self.problems.append(told)
             return self._proof(None)
         self.problems += interrupted(self.merged)
-        files = list(listed_files(self.merged, told))
+        files = [*Kept(self.merged, told).problems, *listed_files(self.merged, told)]
         try:
             weights = Weights(self.merged)
             model = Model(weights.tensors, model_type(self.merged))

@@ -19,6 +19,7 @@ RECEIPT = "multisbora_receipt.json"
 _FORMAT = 2
 _MAX_BYTES = 256 << 20
 _MAX_MARKS = 20_000_000
+KEPT = "multisbora_corrected"  # where a corrected checkpoint keeps what it was solved from
 WHOLE_OWNER = "+whole"  # has the undo file of what tasks trained whole; no task can be called so
 _KEYS = {"format", "base", "tasks", "weights", "tensors", "files", "whole", "max_shard_size", "tensors_changed"}
 _KEYS |= {"cells_changed", "cells_owned", "scores"}
@@ -73,6 +74,22 @@ class ToldWhole:
 
 
 @dataclass(frozen=True, slots=True)
+class ToldKept:
+    """What the receipt tells of a file in which a corrected checkpoint keeps one task: blake3 (hex), and its bytes."""
+
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ToldCorrection:
+    """What the receipt tells of a corrected merge; `files` is task -> what is kept of it."""
+
+    ridge: float
+    files: dict[str, ToldKept]
+
+
+@dataclass(frozen=True, slots=True)
 class Told:
     """What the receipt tells.
 
@@ -83,6 +100,7 @@ class Told:
         weights: file of tensors -> (bytes, sha256 of its head).
         tensors: stored tensor -> blake3 of the base's bytes.
         files: other file -> (bytes, sha256).
+        correction: of a corrected merge; None for a plain one.
     """
 
     fingerprint: str
@@ -97,6 +115,13 @@ class Told:
     tensors_changed: list[str]
     cells_changed: int
     cells_owned: int
+    correction: ToldCorrection | None
+
+    @property
+    def kept_files(self) -> dict[str, str]:
+        """Task -> the file that a corrected checkpoint keeps of it."""
+        files = self.correction.files if self.correction else {}
+        return {task: f"{KEPT}/{task}-{kept.digest[:16]}.safetensors" for task, kept in files.items()}
 
     @property
     def undo_files(self) -> list[str]:
@@ -119,6 +144,8 @@ class Told:
                 problems.append(f"the receipt has other lambdas in {tensor}, trained whole, than its tasks have there")
             if not whole.weights or 0 in whole.weights.values() or (whole.how == "keep" and len(whole.weights) > 1):
                 problems.append(f"{tensor}: the receipt has {len(whole.weights)} tasks that trained it whole")
+        if self.correction is not None and self.correction.files.keys() != self.tasks.keys():
+            problems.append("the receipt has other tasks that were corrected than it has tasks")
         named = all(task.rest["base_fingerprint"] == self.fingerprint for task in self.tasks.values())
         if self.checked != named:
             problems.append(f"the receipt has checked = {self.checked}, but its tasks name {_bases(named)}")
@@ -150,7 +177,8 @@ def read_receipt(folder: Path) -> Told | str:
 
 
 def _told(content: dict[str, Any]) -> Told:
-    base = _keys(_keys(content, _KEYS)["base"], _BASE_KEYS)
+    corrected = {"corrected"} & content.keys()
+    base = _keys(_keys(content, _KEYS | corrected)["base"], _BASE_KEYS)
     _is(base["model"], str), _is(content["scores"], dict)
     view, scheme = base["view"], base["quantization"]
     if (view, scheme is None) not in (("original", True), ("dequantized", False)):
@@ -169,6 +197,7 @@ def _told(content: dict[str, Any]) -> Told:
         tensors_changed=[_is(name, str) for name in _is(content["tensors_changed"], list)],
         cells_changed=_is(content["cells_changed"], int),
         cells_owned=_is(content["cells_owned"], int),
+        correction=_correction(content["corrected"]) if corrected else None,
     )
 
 
@@ -208,6 +237,21 @@ def _whole(entry: dict[str, Any]) -> ToldWhole:
         digest=_is(entry["digest"], str),
         undo_digest=_is(entry["undo_digest"], str),
     )
+
+
+def _correction(entry: dict[str, Any]) -> ToldCorrection:
+    _keys(entry, {"ridge", "tasks"})
+    files = {}
+    for task, told in entry["tasks"].items():
+        _keys(told, {"digest", "size", "rows", "tokens", "source"})
+        _is(told["rows"], int), _is(told["tokens"], int)
+        if not _DIGEST.fullmatch(told["digest"]) or told["source"] not in ("task", "text"):
+            raise ValueError("what the receipt tells of a kept file is no such thing")
+        files[_task_name(task)] = ToldKept(told["digest"], _is(told["size"], int))
+    ridge = _number(entry["ridge"])
+    if ridge <= 0:
+        raise ValueError("the ridge is not positive")
+    return ToldCorrection(ridge, files)
 
 
 def _weight(value: Any) -> Weight:

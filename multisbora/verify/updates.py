@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,12 +27,23 @@ class Updated(Passing, ABC):
         """What cells must hold that held this in the base; bits in, bits out."""
 
 
+class Values(Protocol):
+    """Where the values of a task are, by module; an adapter, or what was merged instead."""
+
+    def values(self, module: str) -> torch.Tensor: ...
+
+
 @dataclass(eq=False)
 class Update(Share):
-    """What one task trained in its region. `factor` is lambda * s; None where lambda is 0, and the base's bits stay."""
+    """What one task trained in its region. `factor` is lambda * s; None where lambda is 0, and the base's bits stay.
+
+    Attributes:
+        merged: what a corrected merge wrote instead of lambda * s * values; None in a plain one.
+    """
 
     adapter: Task | None = None
     factor: float | None = None
+    merged: Values | None = None
 
     def start(self, stack: ExitStack) -> Updated:
         """Take the values out of the adapter.
@@ -40,20 +52,23 @@ class Update(Share):
             Impossible: they do not fit the region.
         """
         assert self.adapter is not None
-        return _Region(self, self.adapter.values(self.module), stack)
+        if self.merged is None or self.factor is None:
+            return _Region(self, self.adapter.values(self.module), self.factor, stack)
+        return _Region(self, self.merged.values(self.module), 1.0, stack)
 
 
 class _Region(Updated):
-    def __init__(self, share: Update, trained: torch.Tensor, stack: ExitStack) -> None:
+    def __init__(self, share: Update, trained: torch.Tensor, factor: float | None, stack: ExitStack) -> None:
         super().__init__(share, stack)
-        self.factor = share.factor
+        self.factor = factor
         what = f"{share.task}: {share.matrix.cells_name}"
         try:
             self.values, clean = self.cells.arrange(trained, share.matrix)
         except ValueError as error:
             raise Impossible(f"{what}: {error}") from None
         if not clean:
-            raise Impossible(f"{what}: the adapter's values are not zero in cells that an earlier task owns")
+            whose = "adapter's" if share.merged is None else "corrected"
+            raise Impossible(f"{what}: the {whose} values are not zero in cells that an earlier task owns")
 
     def after(self, held: np.ndarray, dtype: str, window: Window) -> np.ndarray:
         """W0 + (lambda * s) * values in fp32, rounded once."""

@@ -1,0 +1,157 @@
+"""All matrices of a corrected merge: what its tasks write into them instead of what they trained, and what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .adapter import Adapter, AdapterModule
+from .correct import Places, Wish, channels, correct
+from .errors import DataError
+from .geometry import Matrix, Names
+from .kept import CORRECTED, MOMENTS, VALUES, Contents, Correction, KeptTask, square, triangle
+from .moments import Moments
+from .shares import Share
+
+Blocks = Callable[[Share, Places], np.ndarray]  # the moments of a share's task in its matrix at some channels
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What moments were measured on, see `moments.Moments`."""
+
+    rows: int
+    tokens: int
+    source: str
+
+
+@dataclass(frozen=True, eq=False)
+class Corrected:
+    """A corrected merge that is ready to be written.
+
+    Attributes:
+        shares: task -> what it writes, as a plain merge takes it: corrected values at a lambda of 1.
+        contents: the files that are kept, one a task.
+        correction: what the receipt says of them.
+    """
+
+    shares: dict[str, list[Share]]
+    contents: list[Contents]
+    correction: Correction
+
+
+def correct_all(
+    shares: Iterable[Share],
+    measured: Mapping[str, Rows],
+    ridge: float,
+    blocks: Blocks,
+    known: Callable[[Matrix], Mapping[str, np.ndarray] | None] = lambda matrix: None,
+) -> Corrected:
+    """Correct every matrix.
+
+    Args:
+        shares: what the tasks trained, of all tasks in all matrices.
+        measured: task -> what its moments are of.
+        blocks: asked for the moments where several tasks own cells of one matrix.
+        known: the corrected values of a matrix that stays as it was; None where it is to be solved.
+
+    Raises:
+        DataError: moments are missing.
+        MergeError: the equations of a matrix are singular.
+    """
+    together: dict[str, list[Share]] = {}
+    for share in sorted(shares, key=lambda share: share.task):
+        together.setdefault(share.matrix.cells_name, []).append(share)
+    merged: dict[str, list[Share]] = {task: [] for task in measured}
+    arrays: dict[str, dict[str, np.ndarray]] = {task: {} for task in measured}
+    for name, found in together.items():
+        matrix = found[0].matrix
+        values = known(matrix)
+        upper: dict[str, np.ndarray] = {}
+        if len(found) > 1:
+            at = channels((share.trained.region for share in found), matrix.in_features)
+            upper = {share.task: triangle(blocks(share, at)) for share in found}
+        if values is None:
+            values = _solved(found, upper, ridge)
+        for share in found:
+            kept = arrays[share.task]
+            kept[f"{VALUES}/{name}"] = share.trained.values
+            if share.task in upper:
+                kept[f"{MOMENTS}/{name}"] = upper[share.task]
+            if share.weight:
+                kept[f"{CORRECTED}/{name}"] = values[share.task]
+                trained = AdapterModule(share.trained.region, values[share.task], 1.0)
+                share = replace(share, trained=trained, weight=1.0)
+            merged[share.task].append(share)
+    contents = [Contents(task, arrays[task]) for task in sorted(arrays)]
+    kept_tasks = {
+        found.task: KeptTask(found.digest, found.size, rows.rows, rows.tokens, rows.source)
+        for found in contents
+        for rows in (measured[found.task],)
+    }
+    return Corrected(merged, contents, Correction(ridge, kept_tasks))
+
+
+def _solved(found: Sequence[Share], upper: Mapping[str, np.ndarray], ridge: float) -> dict[str, np.ndarray]:
+    """The corrected values of one matrix; of a task that has it alone there are no moments."""
+    wishes = [
+        Wish(
+            task=share.task,
+            region=share.trained.region,
+            values=share.trained.values,
+            scaling=share.trained.scaling,
+            weight=share.weight,
+            block=square(upper[share.task]) if upper else np.zeros((0, 0), np.float32),
+        )
+        for share in found
+    ]
+    return correct(wishes, found[0].matrix.shape, ridge, found[0].matrix.cells_name)
+
+
+class Measured:
+    """The moments of some tasks, whatever leading parts the names of their matrices have."""
+
+    def __init__(self, moments: Mapping[str, Moments], tasks: Iterable[str]) -> None:
+        """
+        Raises:
+            DataError: those of one of the tasks are missing.
+        """
+        self.moments = {task: moments[task] for task in tasks if task in moments}
+        if missing := [task for task in tasks if task not in moments]:
+            names = ",".join(missing)
+            raise DataError(
+                f"a corrected merge needs the moments of every task, {names} has none: run multisbora measure --tasks "
+                f"{names} where its rows are"
+            )
+        self._names = {task: Names(found.sites) for task, found in self.moments.items()}
+
+    @property
+    def rows(self) -> dict[str, Rows]:
+        return {task: Rows(found.rows, found.tokens, found.source) for task, found in self.moments.items()}
+
+    def block(self, share: Share, at: Places) -> np.ndarray:
+        """The moments of a task at some channels of a matrix, (n, n) fp32.
+
+        Raises:
+            DataError: it was not measured there.
+        """
+        module = share.matrix.module
+        names = self._names[share.task].find(module)
+        return self.moments[share.task].block(names[0] if len(names) == 1 else module, at)
+
+    def check_base(self, base_print: str) -> None:
+        """Refuse moments of another base.
+
+        Raises:
+            DataError: some are.
+        """
+        for found in self.moments.values():
+            found.check_base(base_print)
+
+    def check_adapters(self, adapters: Iterable[Adapter]) -> None:
+        """The same by what the adapters say of their base, which is known before that is read."""
+        for adapter in adapters:
+            if adapter.base_fingerprint is not None:
+                self.moments[adapter.task].check_base(adapter.base_fingerprint)
