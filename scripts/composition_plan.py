@@ -1,0 +1,345 @@
+"""What study_composition.py compares, as runs in the order in which they tell most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from composition_runs import Run, Store
+from composition_tasks import EIGHT, MERGES, PAIR, Sizes, joint
+
+SECTIONS = {"pair": 2, "seeds": 2, "eight": 8, "four": 4, "scores": 2}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train adapters.
+
+    Attributes:
+        name: in tables.
+        kind: "fa", "fb" or one of baselines.PEERS.
+        strategy: how ours get indices: "random", "isolated", or "alone", in a registry of each task's own, where all
+            tasks get the same.
+        isolate: whether ours are trained with the penalty.
+        together: one adapter for all tasks.
+    """
+
+    name: str
+    kind: str
+    strategy: str = "random"
+    isolate: bool = False
+    together: bool = False
+
+    @property
+    def ours(self) -> bool:
+        return self.kind in ("fa", "fb")
+
+
+FA, FB = Arm("fa, random", "fa"), Arm("fb, random", "fb")
+FA_ISOLATED, FB_ISOLATED = Arm("fa, isolated", "fa", "isolated"), Arm("fb, isolated", "fb", "isolated")
+FA_QUIET, FB_QUIET = (Arm(f"{kind}, random, --isolate", kind, "random", True) for kind in ("fa", "fb"))
+FA_BOTH, FB_BOTH = (Arm(f"{kind}, isolated, --isolate", kind, "isolated", True) for kind in ("fa", "fb"))
+OVERLAP = Arm("fa, same indices for all", "fa", "alone")
+JOINT = Arm("fa, trained jointly", "fa", "alone", together=True)
+LORA, OSRM = Arm("LoRA", "lora"), Arm("OSRM", "osrm")
+LORI, LORI_DENSE = Arm("LoRI-S", "lori"), Arm("LoRI-D", "lori-dense")
+FAMILIES = {arm.kind: arm for arm in (FA, FB, LORA, OSRM, LORI_DENSE, LORI)}  # that learning rates are chosen for
+
+# Ways to compose: of ours by lambdas and solves, of peers by PEFT's names; "grid": one lambda a task by trial.
+ONE, BY_TASK, BY_MATRIX, GRID = "lambda 1", "tuned by task", "tuned by matrix", "grid"
+CORRECTED, CORRECTED_TUNED = "corrected", "corrected, tuned by task"
+TUNINGS = {BY_TASK: "task", BY_MATRIX: "matrix", CORRECTED_TUNED: "task"}
+FIRST = (ONE, BY_TASK, BY_MATRIX)
+SOLVED = (CORRECTED, CORRECTED_TUNED)
+SUMS = ("cat", f"cat {GRID}")
+OTHERS = ("linear", "svd", "ties", "dare_ties", "magnitude_prune")
+GRID_OF = {"svd": "cat"}  # it cuts off what is left of that sum: lambdas are chosen for the sum
+
+Wave = tuple[Arm, tuple[str, ...]]
+WAVES: tuple[Wave, ...] = (
+    (FA, FIRST),
+    (LORA, SUMS),
+    (FA_ISOLATED, FIRST),
+    (FA_QUIET, FIRST),
+    (FA_BOTH, FIRST),
+    *((arm, SOLVED) for arm in (FA, FA_ISOLATED, FA_QUIET, FA_BOTH)),
+    (JOINT, (ONE,)),
+    (OVERLAP, (ONE, GRID)),
+    (LORA, tuple(how + more for more in ("", f" {GRID}") for how in OTHERS)),
+    (LORA, ("ties_svd",)),
+    *((arm, FIRST + SOLVED) for arm in (FB, FB_ISOLATED, FB_QUIET, FB_BOTH)),
+    (OSRM, SUMS),
+    (LORI_DENSE, SUMS),
+    (LORI, SUMS),
+    (FA, (GRID,)),
+)
+HEADLINE = (FA_BOTH, BY_MATRIX)
+# Of --quick: every way to train and to compose at least once, and two of them for merges of 4 and 8.
+FEW: tuple[Wave, ...] = (
+    (FA, (ONE, BY_TASK, GRID)),
+    (LORA, (*SUMS, "svd", f"svd {GRID}", "ties")),
+    (FA_BOTH, (BY_MATRIX, *SOLVED)),
+    (JOINT, (ONE,)),
+    (OVERLAP, (GRID,)),
+    (FB_BOTH, (ONE, CORRECTED)),
+    (OSRM, ("cat",)),
+    (LORI, ("cat",)),
+)
+FEWEST: tuple[Wave, ...] = ((FA, (BY_TASK,)), (LORA, ("cat",)))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all runs of a study have in common.
+
+    Attributes:
+        base: folder of the base model; fingerprint: of its weights.
+        ranks: kind -> rank, for merges of 2; many: the same for those of 4 and 8, where no more fb rows are free.
+        rates: learning rates to try. One alone is taken as it is.
+        isolate: strength of the penalty.
+        looked: dev rows a task for moments and for OSRM's start; tuned: for `multisbora tune`; tried: for a grid of
+            2 tasks, of more with fewer rows each.
+        scored: test rows a task that answers are generated for.
+    """
+
+    base: str
+    fingerprint: str
+    targets: tuple[str, ...]
+    ranks: Mapping[str, int]
+    many: Mapping[str, int]
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    isolate: float = 30.0
+    looked: int = 128
+    tuned: int = 128
+    tune_steps: int = 32
+    tried: int = 64
+    scored: int = 200
+    sizes: Sizes = field(default_factory=Sizes)
+
+    def rank(self, arm: Arm, group: Sequence[str]) -> int:
+        return (self.ranks if set(group) <= {*PAIR, joint(PAIR)} else self.many)[arm.kind]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of a table at one seed."""
+
+    tasks: tuple[str, ...]
+    seed: int
+    arm: Arm
+    how: str
+
+
+@dataclass
+class Plan:
+    """Runs of a study. What comes next hangs on what was found: learning rates are chosen first.
+
+    Attributes:
+        waves: what is compared, in order, in merges of 2; many: in those of 4 and 8.
+    """
+
+    setup: Setup
+    store: Store
+    waves: Sequence[Wave] = WAVES
+    many: Sequence[Wave] = WAVES
+    _rates: dict[str, float] = field(default_factory=dict)
+
+    def runs(self, sections: Sequence[str]) -> Iterator[Run]:
+        for section in sections:
+            if section == "scores":
+                yield from self.scores()
+            for cell in self.cells(section):
+                yield from self.of(cell)
+
+    def cells(self, section: str) -> Iterator[Cell]:
+        seeds = {"seeds": self.setup.seeds[1:], "scores": ()}.get(section, self.setup.seeds[:1])
+        for seed in seeds:
+            tasks = MERGES[SECTIONS[section]]
+            for arm, hows in self.waves_of(tasks):
+                yield from (Cell(tasks, seed, arm, how) for how in hows)
+
+    def waves_of(self, tasks: Sequence[str]) -> Sequence[Wave]:
+        return self.waves if len(tasks) == 2 else self.many
+
+    def of(self, cell: Cell) -> Iterator[Run]:
+        """The runs of a cell; those that its learning rate hangs on, as long as that is not known."""
+        if self.rate(cell.arm.kind) is None:
+            yield from self.rate_runs(cell.arm.kind)
+            return
+        yield from (self.bare(task) for task in cell.tasks)
+        yield from (self.own(run) for run in self.trainings(cell) if not cell.arm.together)
+        yield self.mix(cell)
+
+    # ------------------------------------------------------------------------------------------------- learning rates
+
+    def rate(self, kind: str) -> float | None:
+        """The learning rate of a kind of adapter: of those tried, the best for the dev rows of the pair at one seed.
+
+        A task counts by how much higher its dev loss is than at its own best rate. None as long as runs are missing.
+        """
+        if kind not in self._rates:
+            if len(self.setup.rates) == 1:
+                self._rates[kind] = self.setup.rates[0]
+            elif all(self.store.has(run) for run in self.rate_runs(kind)):
+                losses = self.rate_losses(kind)
+                self._rates[kind] = min(losses, key=lambda rate: losses[rate])
+        return self._rates.get(kind)
+
+    def rate_runs(self, kind: str) -> list[Run]:
+        """The trainings that a learning rate is chosen by. Where the best one is the lowest or the highest of those
+        tried, one more beyond it, twice at most."""
+        if kind == "lori" and self.rate("lori-dense") is None:  # its masks come from there
+            return self.rate_runs("lori-dense")
+        tried = sorted(self.setup.rates)
+        for extended in range(3):
+            runs = self._tried(kind, tried)
+            if extended == 2 or len(tried) < 2 or not all(self.store.has(run) for of in runs.values() for run in of):
+                break
+            losses = self._losses(runs)
+            best = min(losses, key=lambda rate: losses[rate])
+            if best not in (tried[0], tried[-1]):
+                break
+            tried = sorted([*tried, best / 2 if best == tried[0] else best * 2])
+        return [run for of in runs.values() for run in of]
+
+    def rate_losses(self, kind: str) -> dict[float, float]:
+        """{rate: how much higher the dev loss is than at the best rate of each task, as a mean}."""
+        runs = self.rate_runs(kind)
+        return self._losses(self._tried(kind, sorted({run.spec["rate"] for run in runs})))
+
+    def _tried(self, kind: str, rates: Sequence[float]) -> dict[float, list[Run]]:
+        arm, seed = FAMILIES[kind], self.setup.seeds[0]
+        return {rate: [self.training(arm, task, PAIR, seed, rate) for task in PAIR] for rate in rates}
+
+    def _losses(self, runs: Mapping[float, Sequence[Run]]) -> dict[float, float]:
+        losses = {rate: [self.store.result(run)["dev_loss"] for run in of] for rate, of in runs.items()}
+        best = [min(values) for values in zip(*losses.values(), strict=True)]
+        return {
+            rate: sum(value / least - 1 for value, least in zip(values, best, strict=True)) / len(best)
+            for rate, values in losses.items()
+        }
+
+    # ------------------------------------------------------------------------------------------------- single runs
+
+    def claims(self, arm: Arm, group: Sequence[str], seed: int) -> Run:
+        """Regions for tasks that are to meet."""
+        spec: dict[str, Any] = {"variant": arm.kind, "rank": self.setup.rank(arm, group), "strategy": arm.strategy}
+        spec |= {"tasks": list(group), "seed": seed, "base": self.setup.fingerprint}
+        spec["targets"] = list(self.setup.targets)
+        if arm.strategy == "isolated":
+            spec |= {"rows": self.setup.looked, "sizes": asdict(self.setup.sizes)}
+        return Run("claims", f"{arm.kind} {arm.strategy} {'+'.join(group)[:24]} s{seed}", spec)
+
+    def moments(self, arm: Arm, group: Sequence[str], seed: int) -> Run:
+        spec = {"tasks": list(group), "rows": self.setup.looked, "sizes": asdict(self.setup.sizes)}
+        claims = self.claims(arm, group, seed)
+        return Run("moments", claims.name, spec, (claims,))
+
+    def training(self, arm: Arm, task: str, group: Sequence[str], seed: int, rate: float) -> Run:
+        spec: dict[str, Any] = {"task": task, "seed": seed, "rate": rate, "sizes": asdict(self.setup.sizes)}
+        needs: tuple[Run, ...] = ()
+        if arm.ours:
+            group = (task,) if arm.strategy == "alone" else group
+            measured = self.moments if arm.isolate else self.claims
+            spec["isolate"] = self.setup.isolate if arm.isolate else 0.0
+            needs = (measured(arm, group, seed),)
+        else:
+            spec |= {"peer": arm.kind, "rank": self.setup.rank(arm, group), "base": self.setup.fingerprint}
+            spec["targets"] = list(self.setup.targets)
+        if arm.kind == "osrm":
+            spec |= {"others": [other for other in group if other != task], "rows": self.setup.looked}
+        if arm.kind == "lori":
+            dense = self.rate("lori-dense")
+            if dense is None:
+                raise KeyError("no learning rate for lori-dense yet")
+            needs = (self.training(LORI_DENSE, task, group, seed, dense),)
+        return Run("train", f"{arm.name} {task} s{seed} {rate:g}", spec, needs)
+
+    def trainings(self, cell: Cell) -> tuple[Run, ...]:
+        """One of each task, or of all of them together."""
+        rate = self.rate(cell.arm.kind)
+        if rate is None:
+            raise KeyError(f"no learning rate for {cell.arm.kind} yet")
+        group = EIGHT if len(cell.tasks) > 2 else PAIR
+        if cell.arm.together:
+            return (self.training(cell.arm, joint(cell.tasks), (joint(cell.tasks),), cell.seed, rate),)
+        return tuple(self.training(cell.arm, task, group, cell.seed, rate) for task in cell.tasks)
+
+    def bare(self, task: str) -> Run:
+        """The base on a task's test rows."""
+        spec = {"tasks": [task], "base": self.setup.fingerprint, "sizes": asdict(self.setup.sizes)}
+        return Run("base", task, spec)
+
+    def own(self, training: Run) -> Run:
+        """A task's own adapter, alone, on its test rows."""
+        task = training.spec["task"]
+        return Run("own", training.name, {"tasks": [task]}, (training,))
+
+    def lambdas(self, cell: Cell) -> Run | None:
+        """What chooses the lambdas of a cell."""
+        runs, tasks = self.trainings(cell), list(cell.tasks)
+        name = f"{cell.arm.name} {len(tasks)}t s{cell.seed}"
+        if cell.how in TUNINGS:
+            spec = {"tasks": tasks, "by": TUNINGS[cell.how], "rows": self.setup.tuned, "steps": self.setup.tune_steps}
+            return Run("tune", f"{name} by {spec['by']}", spec, runs)
+        how, _, chosen = cell.how.rpartition(" ")
+        if chosen == GRID:
+            how = GRID_OF.get(how, how)
+            rows = max(2 * self.setup.tried // len(tasks), min(self.setup.tried, 16))
+            return Run("grid", f"{name} {how}".strip(), {"tasks": tasks, "how": how, "rows": rows}, runs)
+        return None
+
+    def mix(self, cell: Cell) -> Run:
+        """A composition on the test rows of all its tasks. What chose its lambdas is the last run that it needs."""
+        runs, chosen = self.trainings(cell), self.lambdas(cell)
+        spec: dict[str, Any] = {"tasks": list(cell.tasks), "how": cell.how.removesuffix(GRID).strip()}
+        needs = runs
+        if cell.how in SOLVED:
+            spec["how"] = CORRECTED
+            needs += (self.moments(cell.arm, EIGHT if len(cell.tasks) > 2 else PAIR, cell.seed),)
+        elif cell.arm.ours:
+            spec["how"] = "live"
+        needs += () if chosen is None else (chosen,)
+        return Run("mix", f"{cell.arm.name} {cell.how} {len(cell.tasks)}t s{cell.seed}", spec, needs)
+
+    # ------------------------------------------------------------------------------------------------------- scores
+
+    def scored(self) -> dict[str, Cell | None]:
+        """{line of the table: composition}; None is the base. With "own" in front: the adapters alone."""
+        seed = self.setup.seeds[0]
+        ours, peer = Cell(PAIR, seed, *HEADLINE), Cell(PAIR, seed, LORA, SUMS[1])
+        return {"base": None, f"{ours.arm.name}: own": ours, f"{ours.arm.name}: {ours.how}": ours} | {
+            f"{peer.arm.name}: own": peer,
+            f"{peer.arm.name}: {peer.how}": peer,
+        }
+
+    def score(self, line: str, task: str) -> Run | None:
+        """Generated answers of one line on one task's test rows; None as long as a learning rate is not known."""
+        cell = self.scored()[line]
+        spec: dict[str, Any] = {"task": task, "rows": self.setup.scored, "what": line}
+        if cell is None:
+            return Run(
+                "score", f"base {task}", spec | {"base": self.setup.fingerprint, "sizes": asdict(self.setup.sizes)}
+            )
+        if self.rate(cell.arm.kind) is None:
+            return None
+        needs = self.trainings(cell)
+        if line.endswith(": own"):
+            needs = tuple(run for run in needs if run.spec["task"] == task)
+            spec["how"] = "own"
+        else:
+            spec |= {"how": self.mix(cell).spec["how"], "tasks": list(PAIR)}
+            chosen = self.lambdas(cell)
+            needs += () if chosen is None else (chosen,)
+        return Run("score", f"{line} {task}", spec, needs)
+
+    def scores(self) -> Iterator[Run]:
+        for line, cell in self.scored().items():
+            for task in PAIR:
+                run = self.score(line, task)
+                if run is not None:
+                    yield run
+                elif cell is not None:
+                    yield from self.rate_runs(cell.arm.kind)
