@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +102,7 @@ def _find_moments(
         moved: tasks that will be given other indices than they hold.
 
     Returns:
-        {} where nobody gets any: nothing is read then.
+        {} where nobody gets any: no moments are read then.
     """
     model = project.model_name
     registry = existing(project)
@@ -111,6 +111,9 @@ def _find_moments(
         held = {task for members in there.values() for task in members}
         members = {name: {*asked.get(name, ()), *there.get(name, ())} for name in (*asked, *there)}
         new = {task for tasks in asked.values() for task in tasks} - held | set(moved)
+        kept = {task for tasks in asked.values() for task in tasks} - new
+        if registry and kept:
+            _say_what_is_kept(registry, model, kept, say)
         if not new:
             return {}
         known = (
@@ -145,7 +148,19 @@ def _find_moments(
     return found
 
 
-def survey_tasks(project: Project, tasks: Sequence[str], rows: int, text: Path | None, say: Say) -> Survey:
+def _say_what_is_kept(registry: Registry, model: str, tasks: Collection[str], say: Say) -> None:
+    """Tell who asks for isolated indices which tasks hold others, and keep them. Renamed tasks are passed over."""
+    how = {e.task: e.action for e in registry.events() if e.model == model and e.action in ("allocate", "choose")}
+    if at_random := sorted(task for task in tasks if how.get(task) == "allocate"):
+        say(
+            f"the indices of {', '.join(at_random)} were drawn at random, and stay: to have them chosen, "
+            "run multisbora release first"
+        )
+
+
+def survey_tasks(
+    project: Project, tasks: Sequence[str], rows: int, text: Path | None, say: Say, overrides: Sequence[str] = ()
+) -> Survey:
     """What `measure_tasks` would measure: rows, tokens and channels of each task, without its model.
 
     Raises:
@@ -154,7 +169,7 @@ def survey_tasks(project: Project, tasks: Sequence[str], rows: int, text: Path |
     from .survey import Survey
 
     with existing(project) or contextlib.nullcontext() as registry:
-        return Survey.of(project, registry, tasks, rows=rows, text=text, say=say)
+        return Survey.of(project, registry, tasks, rows=rows, text=text, say=say, overrides=overrides)
 
 
 def measure_tasks(
@@ -166,6 +181,7 @@ def measure_tasks(
     say: Say,
     quiet: Callable[[], None],
     on_measured: Callable[[Moments], None] = lambda moments: None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Moments]:
     """Measure what tasks' rows send through the base model, into the registry, which is made if it is not there.
 
@@ -178,6 +194,7 @@ def measure_tasks(
         dry_run: measure, and keep nothing.
         quiet: called before anything heavy is imported.
         on_measured: called with each task's moments, blocks and all.
+        overrides: of the tasks' recipes, see `recipe.load`.
 
     Returns:
         What allocation reads of them: their blocks are empty, since all of them together can be large.
@@ -188,7 +205,7 @@ def measure_tasks(
         RegistryError: the store cannot be used, or the model's name stands there for another geometry.
     """
     quiet()
-    survey = survey_tasks(project, tasks, rows, text, say)
+    survey = survey_tasks(project, tasks, rows, text, say, overrides)
     if not dry_run:
         write_registry(project, True, lambda registry: _keep(registry, survey.geometry, None))
     found: dict[str, Moments] = {}

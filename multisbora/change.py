@@ -75,6 +75,23 @@ class Deployed:
     checkpoint: Checkpoint
     geometry: Geometry
 
+    def check_regions(self) -> None:
+        """Refuse regions of the receipt that do not lie in their matrices.
+
+        Raises:
+            CheckpointError: one does not.
+            GeometryError: there is no such matrix.
+        """
+        for name, task in self.receipt.tasks.items():
+            for module, merged in task.regions.items():
+                try:
+                    merged.region.check(self.geometry.find(module).shape, module)
+                except UsageError as error:
+                    raise CheckpointError(
+                        f"{self.folder / RECEIPT_FILE} is damaged, it has cells of {name} that are nowhere ({error}): "
+                        "merge again"
+                    ) from None
+
     def told(self, task: str) -> MergedTask:
         """What the receipt says of a task.
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .crosstalk import Crosstalk, Ratio
     from .shifts import Figures
     from .tune import Tuned
+    from .weights import TaskWeight
 
 
 def crosstalk(
@@ -63,7 +64,7 @@ def tune(
         float, typer.Option("--slack", min=0, help="Share of its gain that a task may lose for the others' sake.")
     ] = 0.01,
     regular: Annotated[
-        float, typer.Option("--regular", min=0, help="How strongly lambdas of one task are held together.")
+        float, typer.Option("--regular", min=0, help="How strongly the gradient holds lambdas of one task together.")
     ] = 0.5,
     seed: Annotated[int, typer.Option("--seed", help="Of the search.")] = 0,
     weight: Weight = None,
@@ -115,7 +116,8 @@ def _tuned_lines(found: Tuned, output: Path | None) -> list[str]:
     for name, task in found.tasks.items():
         losses = (f"{value:.4f}" for value in (task.base, task.own, task.before, task.after))
         weight = found.weights[name]
-        told = f"{weight.default:g}" if not weight.patterns else f"{weight.default:g} in the mean"
+        is_mean = weight.patterns and found.chosen.step  # of the start, the default is what somebody said
+        told = f"{weight.default:g} in the mean" if is_mean else _lambda(weight)
         rows.append((name, task.rows, *losses, _kept(task.retention_before), _kept(task.retention_after), told))
     points: list[tuple[object, ...]] = [("step", *found.tasks, "")]
     for point in found.front:
@@ -145,11 +147,7 @@ def _lines(found: Crosstalk, worst: int) -> list[str]:
     for task, loss in found.losses.items():
         figures = (f"{value:.4f}" for value in (loss.base, loss.solo, loss.merged))
         kept = "-" if loss.retention is None else _with_error(loss.retention, "{:.1%}")
-        weight = found.weights[task]
-        told = (
-            f"{weight.default:g} but for {len(weight.patterns)} patterns" if len(weight.patterns) > 3 else str(weight)
-        )
-        losses.append((task, loss.rows, told, *figures, kept))
+        losses.append((task, loss.rows, _lambda(found.weights[task]), *figures, kept))
     changes = [[_with_error(found.losses[on].without[of], "{:+.4f}") for of in found.tasks] for on in found.tasks]
     total = found.total
     lines = [
@@ -169,6 +167,11 @@ def _lines(found: Crosstalk, worst: int) -> list[str]:
     if len(culprits) > 1:
         lines += ["", "the matrices that do the harm", *table(culprits)]
     return lines
+
+
+def _lambda(weight: TaskWeight) -> str:
+    count = len(weight.patterns)
+    return f"{weight.default:g} but for {count} patterns" if count > 3 else str(weight)
 
 
 def _square(heading: str, found: Crosstalk, cells: list[list[str]]) -> list[str]:

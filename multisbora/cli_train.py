@@ -1,4 +1,4 @@
-"""The command `multisbora train`: one task in this process, or several in processes of their own."""
+"""The commands that train tasks, in this process or in others, and that measure their rows for it."""
 
 from __future__ import annotations
 
@@ -95,6 +95,7 @@ def measure(
     text: Annotated[
         Path | None, typer.Option("--text", help="Plain text file that stands for the rows of tasks that have none.")
     ] = None,
+    set_: Set = None,
     as_json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -124,10 +125,18 @@ def measure(
 
     if dry_run:
         quiet_libraries()
-        found = allocating.survey_tasks(project, names, rows, text, say).to_json()
+        found = allocating.survey_tasks(project, names, rows, text, say, set_ or []).to_json()
     else:
         allocating.measure_tasks(
-            project, names, rows, text, dry_run=False, say=say, quiet=quiet_libraries, on_measured=note
+            project,
+            names,
+            rows,
+            text,
+            dry_run=False,
+            say=say,
+            quiet=quiet_libraries,
+            on_measured=note,
+            overrides=set_ or [],
         )
     shown = [(task, *(told[key] for key in _MEASURED)) for task, told in found.items()]
     show(found, as_json, table([("task", *_MEASURED), *shown]))

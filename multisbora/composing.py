@@ -39,7 +39,8 @@ def measure_crosstalk(
         rows: of each task; None takes the default.
         plot: a PNG file to draw it into.
     """
-    told, from_file = parse_weights(weight), read_weights(weights_from) if weights_from else {}
+    from_file = read_weights(weights_from) if weights_from else {}
+    told = parse_weights(weight, from_file)
     if plot is not None:
         from .heatmap import check_plot
 
@@ -88,7 +89,8 @@ def tune_tasks(
         output: file of weights to make.
         settings: of `tune`.
     """
-    told, from_file = parse_weights(weight), read_weights(weights_from) if weights_from else {}
+    from_file = read_weights(weights_from) if weights_from else {}
+    told = parse_weights(weight, from_file)
     if output is not None:
         check_suffix(output)
         check_output_file(output)

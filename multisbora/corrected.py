@@ -139,6 +139,11 @@ class Measured:
         """
         module = share.matrix.module
         names = self._names[share.task].find(module)
+        if not names and share.matrix.is_expert:
+            raise DataError(
+                f"the moments of task {share.task} lack {module}: experts are no linear layers of the running model, "
+                "which measuring looks at; merge with --method plain"
+            )
         return self.moments[share.task].block(names[0] if len(names) == 1 else module, at)
 
     def check_base(self, base_print: str) -> None:

@@ -85,7 +85,8 @@ def merge_tasks(
     Args:
         method, ridge: as in `merge.merge`, with the moments that the registry has.
     """
-    told, from_file = parse_weights(weight), read_weights(weights_from) if weights_from else {}
+    from_file = read_weights(weights_from) if weights_from else {}
+    told = parse_weights(weight, from_file)
     shard_size = None if max_shard_size is None else parse_size(max_shard_size)
     with required(project) as registry:
         claims = registry.claims(project.model_name, project.composition)
@@ -290,7 +291,8 @@ def _weight(task: str, given: Sequence[str], file: Path | None) -> TaskWeight | 
     Raises:
         UsageError: --weight is of another task, or the file has none of this one.
     """
-    told, from_file = parse_weights(given), read_weights(file) if file else {}
+    from_file = read_weights(file) if file else {}
+    told = parse_weights(given, from_file)
     if others := sorted(set(told) - {task}):
         raise UsageError(f"--weight is given for {', '.join(others)}, --task names {task}: one task at a time")
     if file and task not in from_file and task not in told:

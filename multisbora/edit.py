@@ -50,7 +50,7 @@ def add(
         weight: lambda, or {"default": lambda, pattern of modules: lambda}.
         claims, allow_base_mismatch, base_view: as in `merge`; the view must be the one that the checkpoint is on.
         moments: task -> second moments of its rows, of this task and all that are there, if they were merged corrected;
-            of those the same as then.
+            of those of the same rows as then.
         dry_run: check everything, reading the cells, and say what would be done; write nothing.
         say: told if a former edit had been cut short.
 
@@ -152,7 +152,9 @@ def _opened(folder: str | os.PathLike[str], dry_run: bool, say: Say) -> Iterator
     if not (folder / RECEIPT_FILE).is_file():
         Receipt.read(folder)
     with reading(folder, say=say) if dry_run else editing(folder, say):
-        yield Deployed(folder, Receipt.read(folder), Checkpoint.open(folder), from_checkpoint(folder))
+        deployed = Deployed(folder, Receipt.read(folder), Checkpoint.open(folder), from_checkpoint(folder))
+        deployed.check_regions()
+        yield deployed
 
 
 def _check(

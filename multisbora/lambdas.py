@@ -186,8 +186,8 @@ def _mean(values: Array, owned: npt.NDArray[np.bool_]) -> Array:
 
 
 def search(space: Space, blend: Blend, half: Half, trials: int, slack: float, seed: int) -> Walk:
-    """Try lambdas, the start first, as optuna's Gaussian process proposes them, and hand the best over: (trial,
-    lambdas). A trial is a forward over the whole half.
+    """Try lambdas, the start first, as optuna's Gaussian process proposes them, and hand the best over, but for the
+    start: (trial, lambdas). A trial is a forward over the whole half.
 
     Raises:
         UsageError: optuna is missing.
@@ -222,7 +222,7 @@ def search(space: Space, blend: Blend, half: Half, trials: int, slack: float, se
             study.optimize(trial_of, n_trials=1)
     finally:
         optuna.logging.set_verbosity(said)
-    done = [trial for trial in study.trials if trial.value is not None]
+    done = [trial for trial in study.trials if trial.value is not None and trial.number]
     for trial in sorted(done, key=lambda trial: trial.value or 0.0)[:POINTS]:
         yield trial.number, lambdas_of(trial.params)
 

@@ -6,6 +6,7 @@ at a token is that of its own row's loss, in whatever batch it stands.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from .dataset import Example
 from .errors import DataError, GeometryError
 from .geometry import Geometry, Names
 from .loading import load_base
-from .moments import FLOATS, INTS, Moments, Site
+from .moments import FLOATS, INTS, WIDEST, Moments, Site
 from .probe import BATCH_TOKENS, Say, batches
 from .quantization import widen
 from .registry.reader import Reader
@@ -29,8 +30,6 @@ from .trainer import answer_loss
 from .untrusted import open_file
 from .view import Kind
 
-# Of fb tasks everything a matrix gets counts, not only some columns: the block of a wider one takes too much room.
-WIDEST = 4096
 CHUNK = 256  # tokens of a chunk of text
 _CHARACTERS = 8  # that a token of a text may have on average; where they are more, fewer chunks are found
 
@@ -176,7 +175,8 @@ def text_examples(path: Path, tokenizer: Any, rows: int, longest: int) -> list[E
     try:
         with open_file(path) as file:
             raw = file.read(rows * size * _CHARACTERS)
-        text = raw.decode("utf-8", "strict" if len(raw) < rows * size * _CHARACTERS else "ignore")
+        # What is read may end inside a character where the text goes on.
+        text = codecs.getincrementaldecoder("utf-8")().decode(raw, len(raw) < rows * size * _CHARACTERS)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: give a file of plain text") from None
     except UnicodeDecodeError:

@@ -3,7 +3,7 @@
 One pass over the base's files: what no task owns is copied byte for byte, owned cells are patched in fp32 and rounded
 once, and what they held is kept aside, so that any task can be taken out again. No cell has two owners, so the order of
 the adapters cannot matter. In memory lie the adapters and a few megabytes; where the base is dequantised, also 20 bytes
-for each weight of one matrix.
+for each weight of one matrix; and in a corrected merge the moments of all tasks.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ def merge(
         check_base(loaded, None, base)
     measured, corrected = None, None
     if method == "corrected":
+        check_output(output)  # before the time that solving takes
         measured = Measured(moments or {}, [adapter.task for adapter in loaded])
         if not allow_base_mismatch:
             measured.check_adapters(loaded)

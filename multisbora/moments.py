@@ -31,6 +31,8 @@ from .names import check_name
 from .untrusted import MAX_JSON_BYTES, is_plain, parse_json, shown
 
 FORMAT = 1
+# Of fb tasks all that a matrix gets counts, not only some columns: a block of more channels takes too much room.
+WIDEST = 4096
 SOURCES = ("task", "text")
 FLOATS = np.dtype("<f4")  # as stored
 INTS = np.dtype("<i4")
@@ -95,8 +97,9 @@ class Moments:
 
     def __post_init__(self) -> None:
         check_name(self.task)
-        if self.rows < 1 or self.tokens < 1 or self.source not in SOURCES:
-            raise self._damaged(f"{self.rows} rows, {self.tokens} tokens, source {shown(self.source)}")
+        counts = (self.rows, self.tokens)
+        if not all(type(count) is int and count > 0 for count in counts) or self.source not in SOURCES:
+            raise self._damaged(f"{shown(self.rows)} rows, {shown(self.tokens)} tokens, source {shown(self.source)}")
         for module, site in self.sites.items():
             if fault := _fault(site):
                 raise self._damaged(f"{module}: {fault}")
@@ -127,11 +130,16 @@ class Moments:
         """The block of some input channels of one matrix, (r, r) fp32.
 
         Raises:
-            DataError: that matrix or some of its channels were not measured.
+            DataError: that matrix or some of its channels were not measured, or are more than `WIDEST`.
         """
         try:
             return self.sites[module].at(channels)
         except KeyError as error:
+            if len(channels) > WIDEST:
+                raise DataError(
+                    f"{module} has {len(channels)} input channels that count, and no more than {WIDEST} are measured "
+                    "together: take fa tasks, or leave --isolate and --method corrected out"
+                ) from None
             missing = "the matrix" if module not in self.sites else f"{error.args[0]} of {len(channels)} channels"
             raise DataError(
                 f"the moments of task {self.task} lack {missing} in {module}, claimed since they were measured: "

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .dataset import Example, Row, check_examples, encode, load_rows, pack, packs, pad, split
+from .dataset import Example, Row, check_examples, encode, load_rows, overlap, pack, packs, pad, split
 from .errors import DataError
 from .recipe import Recipe
 
@@ -59,10 +59,13 @@ def probe(recipe: Recipe, tokenizer: Any, rows: int, say: Say, *, least: int = 1
 
 
 def _test_rows(recipe: Recipe) -> list[Row]:
+    """The test rows, as far as they can be told from others: none where some are missing or lack a field."""
     try:
-        return [row for _, row in load_rows(recipe.eval.data)]
+        rows = [row for _, row in load_rows(recipe.eval.data)]
+        overlap(recipe, (), rows)
     except DataError:  # training says so, who looks at a model has nothing to do with them
         return []
+    return rows
 
 
 def _asked(recipe: Recipe, row: Row) -> str:

@@ -287,7 +287,7 @@ weights before the tasks were added, so their other cells differ from the stored
     moved = "".join(f"\n{sentence}.\n" for sentence in receipt.moved())
     wrote = "`base + lambda * scaling * values`"
     corrected = ""
-    if receipt.correction is not None:
+    if receipt.correction is not None and receipt.tasks:
         wrote = "`base + corrected values`"
         corrected = f"""
 This is a corrected merge: the values of each task are not those that it trained, but those by which all tasks together

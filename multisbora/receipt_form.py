@@ -149,3 +149,6 @@ def check_form(content: Any) -> None:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(shown(str(part), 60) for part in first["loc"])
         raise UsageError(f"{shown(where, 200)}: {shown(first['msg'], 200)}") from None
+    corrected = content.get("corrected")
+    if corrected is not None and corrected["tasks"].keys() != content["tasks"].keys():
+        raise UsageError("corrected.tasks: they are not the tasks that were merged")

@@ -1,7 +1,9 @@
 """A corrected checkpoint solved again for the tasks that an edit leaves in it.
 
 All that takes is kept in the checkpoint, but for the moments at the channels of a task that is new. Matrices in which
-the edit changes no task stay as they are, so they have the bits that they had, wherever they were solved.
+the edit changes no task stay as they are, so they have the bits that they had, wherever they were solved. And moments
+that were kept stay, where they were measured once more at more channels, for a task that came later: that rounds the
+old ones anew.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from .moments import Moments
 from .receipt import MergedRegion, MergedTask
 from .region import Region
 from .shares import Share
+
+ROUNDING = 1e-4  # of sqrt(M_cc M_dd), by which M_cd of the same rows may differ
 
 
 def check_moments(deployed: Deployed, moments: object) -> None:
@@ -46,7 +50,7 @@ def resolve(
         The moves of all tasks, and what the checkpoint then keeps; None for a plain one.
 
     Raises:
-        DataError: moments are missing, or others than the checkpoint was merged with.
+        DataError: moments are missing, or of other rows than the checkpoint was merged with.
         MergeError: the equations of a matrix are singular.
         CheckpointError: a kept file is missing or damaged.
     """
@@ -125,7 +129,7 @@ class _Again:
         }
 
     def block(self, share: Share, at: Places) -> np.ndarray:
-        """The moments of a task at some channels: those that were kept, where they have all of them."""
+        """The moments of a task at some channels: those that were kept, and measured ones at the others."""
         task, matrix, held = share.task, share.matrix, self.held.get(share.matrix.cells_name, {})
         kept = None
         if task in held and len(held) > 1:
@@ -139,8 +143,9 @@ class _Again:
         found = self.measured.block(share, at)
         if kept is not None:
             places = np.searchsorted(at, known)
-            if not np.array_equal(found[np.ix_(places, places)], kept):
+            if not _alike(found[np.ix_(places, places)], kept):
                 raise self._measured_anew(task)
+            found[np.ix_(places, places)] = kept  # or to take the new task out would not give the old bits
         return found
 
     def _measured_anew(self, task: str) -> DataError:
@@ -151,3 +156,10 @@ class _Again:
 
 def _regions(held: Mapping[str, MergedRegion]) -> Sequence[Region]:
     return [merged.region for merged in held.values()]
+
+
+def _alike(found: np.ndarray, kept: np.ndarray) -> bool:
+    """Whether two blocks are of the same rows, but for rounding, which the number of channels decides too."""
+    size = np.sqrt(np.diag(kept).astype(np.float64))
+    off = np.abs(found.astype(np.float64) - kept)
+    return bool((off <= ROUNDING * size * size[:, None]).all())

@@ -65,6 +65,7 @@ class Survey:
         rows: int,
         text: Path | None,
         say: Say,
+        overrides: Sequence[str] = (),
     ) -> Survey:
         """Find everything that can be found without the model.
 
@@ -72,6 +73,7 @@ class Survey:
             registry: whose claims say at which channels; None where nothing was ever allocated.
             rows: how many of each task at most.
             text: a file that stands for the rows of tasks that have none.
+            overrides: of the tasks' recipes, see `recipe.load`.
 
         Raises:
             UsageError: no task, no rows, or a task without a recipe and no text.
@@ -86,10 +88,13 @@ class Survey:
         config, tokenizer = load_config(base), load_tokenizer(base)
         subjects = []
         for task in dict.fromkeys(tasks):
-            examples, source, quantization = _examples(project, check_name(task), config, tokenizer, rows, text, say)
+            recipe = _recipe(project, check_name(task), text, overrides)
+            examples, source, quantization = _examples(recipe, task, config, tokenizer, rows, text, say)
             if len(examples) < min(rows, FEW):
                 say(f"task {task} has {len(examples)} rows to measure, few to tell it from others by: {FEW} or more do")
             subjects.append(Subject(task, examples, source, {}, quantization))
+        if text is not None and all(subject.source == "task" for subject in subjects):
+            say(f"{text} is not used: all of these tasks have rows of their own")
         if registry is not None:
             with registry.reading() as reader:
                 geometry = reader.named(geometry)
@@ -142,13 +147,17 @@ class Survey:
             )
 
 
+def _recipe(project: Project, task: str, text: Path | None, overrides: Sequence[str]) -> Recipe | None:
+    """A task's recipe; None where it has none and needs none, since there is a text."""
+    if text is not None and task not in names(Path(project.recipes)):
+        return None
+    return load(task, Path(project.recipes), overrides)
+
+
 def _examples(
-    project: Project, task: str, config: Any, tokenizer: Any, rows: int, text: Path | None, say: Say
+    recipe: Recipe | None, task: str, config: Any, tokenizer: Any, rows: int, text: Path | None, say: Say
 ) -> tuple[list[Example], Literal["task", "text"], Kind | None]:
     """A task's examples, whether they are its own, and how its recipe quantises the base."""
-    recipe: Recipe | None = None
-    if text is None or task in names(Path(project.recipes)):
-        recipe = load(task, Path(project.recipes))
     quantization = None if recipe is None else recipe.training.quantization
     lacks = "it has no recipe" if recipe is None else "" if text is None else _lacks_rows(recipe)
     if text is not None and lacks:

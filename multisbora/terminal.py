@@ -56,7 +56,10 @@ Weight = Annotated[
     ),
 ]
 WeightsFrom = Annotated[
-    Path | None, typer.Option("--weights-from", help="YAML or JSON file of weights; --weight goes before it.")
+    Path | None,
+    typer.Option(
+        "--weights-from", help="YAML or JSON file of weights. --weight goes before it, a pattern before its patterns."
+    ),
 ]
 Output = Annotated[Path, typer.Option("--output", help="Folder to make.")]
 BaseView = Annotated[

@@ -110,8 +110,11 @@ def require_use(weight: TaskWeight, task: str, modules: Iterable[str]) -> None:
             )
 
 
-def parse_weights(given: Sequence[str]) -> dict[str, TaskWeight]:
+def parse_weights(given: Sequence[str], from_file: Mapping[str, TaskWeight] | None = None) -> dict[str, TaskWeight]:
     """Read `--weight` options: TASK=LAMBDA, or TASK:PATTERN=LAMBDA for the matrices that a pattern names.
+
+    Args:
+        from_file: what a file says. TASK=LAMBDA stands for all of that; patterns alone go before it.
 
     Raises:
         UsageError: one is something else, or is given twice.
@@ -129,7 +132,12 @@ def parse_weights(given: Sequence[str]) -> dict[str, TaskWeight]:
         if (pattern or DEFAULT) in found.setdefault(task, {}):
             raise UsageError(f"--weight {name} is given twice: give one lambda")
         found[task][pattern or DEFAULT] = value
-    return {task: TaskWeight.of(values, task) for task, values in found.items()}
+    told = {task: TaskWeight.of(values, task) for task, values in found.items()}
+    for task, file in (from_file or {}).items():
+        if task in told and DEFAULT not in found[task]:
+            rest = tuple(part for part in file.patterns if part[0] not in found[task])
+            told[task] = TaskWeight(file.default, (*told[task].patterns, *rest))
+    return told
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, TaskWeight]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -24,7 +25,7 @@ from test_edit import KINDS, VARIANTS, Models, Q
 from multisbora.adapter import Adapter
 from multisbora.correct import Wish, channels, correct
 from multisbora.difference import diff
-from multisbora.errors import DataError, MergeError, UsageError
+from multisbora.errors import CheckpointError, DataError, MergeError, UsageError
 from multisbora.geometry import from_checkpoint
 from multisbora.kept import FOLDER, Correction, KeptFile, kept_name
 from multisbora.merge import merge
@@ -278,6 +279,25 @@ def test_it_takes_what_a_merge_takes_and_nothing_that_it_would_ignore(
     fewer = replace(moments["law"], sites={**moments["law"].sites, Q: small})
     refused(call(method="corrected", moments={**moments, "law": fewer}), DataError, "28 of 32 channels in", Q)
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_nobody_can_measure(models: Models, tmp_path: Path) -> None:
+    base, adapters = models.get("mixture")
+    known = moments_of(base, adapters)
+    for task, found in known.items():
+        sites = {module: site for module, site in found.sites.items() if "experts" not in module}
+        known[task] = replace(found, sites=sites)
+    call = lambda: merge(base, [*adapters.values()], output=tmp_path / "o", method="corrected", moments=known)  # noqa: E731
+    refused(call, DataError, "experts are no linear layers", "merge with --method plain")
+
+
+def test_an_output_that_is_taken_is_refused_before_the_work(
+    merged: Path, base: Path, tasks: dict[str, Path], moments: dict[str, Moments], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("multisbora.merge")  # the package's name of it is the function
+    monkeypatch.setattr(module, "correct_all", lambda *_: pytest.fail("it was solved"))
+    call = lambda: merge(base, [*tasks.values()], output=merged, method="corrected", moments=moments)  # noqa: E731
+    refused(call, CheckpointError, "exists")
 
 
 def test_moments_with_nan_cannot_be() -> None:

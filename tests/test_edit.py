@@ -345,6 +345,15 @@ def test_cells_that_were_changed_since(merged: Path, tasks: dict[str, Path]) -> 
     remove(merged, "math")  # another task's
 
 
+def test_cells_that_are_nowhere(merged: Path, tasks: dict[str, Path]) -> None:
+    path = merged / "multisbora_receipt.json"
+    content = json.loads(path.read_text())
+    content["tasks"]["math"]["regions"][Q]["indices"].append(10**6)
+    edit_json(path, tasks=content["tasks"])
+    for call in (lambda: remove(merged, "math"), lambda: remove(merged, "chat"), lambda: add(merged, tasks["code"])):
+        untouched(merged, call, CheckpointError, "is damaged, it has cells of math", "1000000 is outside an axis")
+
+
 def test_an_undo_file_that_was_changed_or_is_gone(merged: Path, tasks: dict[str, Path]) -> None:
     undo = undo_path(merged, "chat")
     flip(undo, undo.stat().st_size - 1)

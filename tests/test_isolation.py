@@ -327,6 +327,18 @@ def test_the_project_can_say_so_once(project: Any, run: Run) -> None:
     assert_refused(run("allocate", "--tasks", "adding"), 2, "strategy", "random", "isolated")
 
 
+def test_random_indices_that_are_kept_are_told(project: Any, run: Run) -> None:
+    """Who asks for isolated ones would take them for such."""
+    before = run("allocate", "--tasks", "adding", "--json").json["tasks"]["adding"]
+    again = run("allocate", "--tasks", "adding", "--strategy", "isolated", "--json")
+    assert again.json["tasks"]["adding"] == before and "measuring" not in again.err
+    assert "the indices of adding were drawn at random, and stay" in again.err
+    both = run("allocate", "--tasks", "adding,doubling", "--strategy", "isolated", "--json")
+    assert both.json["tasks"]["adding"] == before and "the indices of adding were drawn" in both.err
+    assert run("release", "--task", "adding").code == 0
+    assert "random" not in run("allocate", "--tasks", "adding", "--strategy", "isolated").err
+
+
 def test_a_task_that_is_there_and_cannot_be_measured(project: Any, run: Run) -> None:
     assert run("allocate", "--tasks", "adding").code == 0
     assert run("registry", "rename", "--task", "adding", "--to", "elsewhere").code == 0
@@ -343,7 +355,7 @@ def test_a_task_that_is_there_and_cannot_be_measured(project: Any, run: Run) -> 
 
 def test_moments_of_other_weights_are_refused(project: Any, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("measure", "--tasks", "adding,doubling").code == 0
-    monkeypatch.setattr("multisbora.lifecycle.fingerprint", lambda folder, geometry: "blake3:other")
+    monkeypatch.setattr("multisbora.allocating.fingerprint", lambda folder, geometry: "blake3:other")
     assert_refused(
         run("allocate", "--tasks", "adding", "--strategy", "isolated"),
         1,

@@ -198,7 +198,8 @@ def test_search_finds_the_bottom_and_hands_the_best_over_first() -> None:
     losses = [max(bowls.loss(task, lambdas) for task in (0, 1)) for _, lambdas in found]
     assert losses[0] < 0.02 and losses[0] == min(losses)
     assert len(found) == POINTS
-    assert np.array_equal(bowls.seen[0], np.ones((2, 6)))  # the start is a trial
+    assert np.array_equal(bowls.seen[0], np.ones((2, 6)))  # the start is a trial, which whoever asks has judged
+    assert all(step > 0 for step, _ in found)
 
 
 def test_search_is_the_same_for_a_seed() -> None:

@@ -227,6 +227,8 @@ def test_a_text_that_is_cut_inside_a_character(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("x" + "é" * 30_000, encoding="utf-8")
     assert len(text_examples(path, tokenizer, 1, 10_000)) == 1
+    path.write_bytes(b"x\xff" * 30_000)  # it is longer than what is read, and no text all the same
+    refused(lambda: text_examples(path, tokenizer, 1, 10_000), DataError, "text.txt", "not UTF-8")
 
 
 @pytest.mark.parametrize(

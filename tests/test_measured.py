@@ -185,6 +185,15 @@ def test_values_that_cannot_be(filled: str) -> None:
         )
 
 
+@pytest.mark.parametrize("value", ["many", b"1", 2.5])
+@pytest.mark.parametrize("column", ["row_count", "token_count"])
+def test_counts_that_are_none(filled: str, column: str, value: object) -> None:
+    """SQLite takes anything in a column of numbers, and text is above 0."""
+    write(filled, f"UPDATE measurements SET {column} = ?", value)
+    with Registry.open(filled) as registry:
+        refused(lambda: registry.moments("tiny", "math"), RegistryError, "moments of task math are damaged")
+
+
 @pytest.mark.parametrize(
     "statement",
     [

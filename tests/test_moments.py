@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multisbora.errors import DataError, UsageError
-from multisbora.moments import FLOATS, Moments, Site, harm, pack_triangle, unpack_triangle
+from multisbora.moments import FLOATS, WIDEST, Moments, Site, harm, pack_triangle, unpack_triangle
 
 Q, DOWN = "model.layers.0.q_proj", "model.layers.0.down_proj"
 
@@ -70,6 +70,10 @@ def test_the_block_of_some_channels_in_their_order() -> None:
 def test_channels_that_were_not_measured(module: str, channels: list[int], words: str) -> None:
     found = moments()
     refused(lambda: found.block(module, channels), DataError, words, "multisbora measure --tasks math")
+
+
+def test_more_channels_than_are_ever_measured() -> None:
+    refused(lambda: moments().block(DOWN, list(range(WIDEST + 1))), DataError, "4097 input channels", "--isolate")
 
 
 def test_moments_of_another_base() -> None:

@@ -41,6 +41,15 @@ def test_dev_rows_alone(project: Path, base: Path) -> None:
     refused(lambda: probe(recipe, tokenizer, 3, pytest.fail, least=4), DataError, "has 3 rows to look at", "needs 4")
 
 
+@pytest.mark.parametrize("dev", [[], ["dev_size=4"]])
+def test_test_rows_that_lack_a_field_are_in_nobodys_way(project: Path, base: Path, dev: list[str]) -> None:
+    """As in training, which says so."""
+    recipe, tokenizer, said = load("adding", Path("tasks"), dev), load_tokenizer(base), list[str]()
+    every = probe(recipe, tokenizer, 100, said.append)
+    Path("data/adding-test.jsonl").write_text('{"question": "of another kind"}\n')
+    assert probe(recipe, tokenizer, 100, said.append) == every
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=20), st.integers(1, 100), st.booleans())
 def test_every_example_is_in_one_batch(lengths: list[int], tokens: int, packed: bool) -> None:

@@ -3,6 +3,7 @@ at all, and refused where what they need is not there."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import tiny_llama
+from builders import edit_json, tiny_llama
 from commands import refused
 from faults import calls, dies, moments, tree
 from faults import refused as failing
@@ -22,6 +23,7 @@ from mix import write_mix
 from test_corrected import kept_of, moments_of
 from test_edit import KINDS, PATTERNS, VARIANTS, Models, Q, untouched
 
+from multisbora.checkpoint import RECEIPT_FILE
 from multisbora.edit import add, remove, reweight
 from multisbora.errors import CheckpointError, DataError, UsageError
 from multisbora.journal import FOLDER as JOURNAL
@@ -259,6 +261,7 @@ def test_the_last_task_may_go_and_any_may_come_back(
     correction = Receipt.read(merged).correction
     assert correction is not None and correction.tasks == {}
     assert not (merged / FOLDER).exists()
+    assert FOLDER not in (merged / "README.md").read_text()
     assert verify(merged, quick=True).ok
     add(merged, tasks["rows"], moments=known)
     add(merged, tasks["first"], moments=known)
@@ -340,6 +343,45 @@ def test_moments_that_were_measured_anew_of_columns(
     anew = {**known, "one": replace(known["one"], sites=sites)}
     untouched(folder, lambda: add(folder, found["three"], moments=anew), DataError, "task one are not those")
     add(folder, found["three"], moments=known)
+
+
+def test_the_same_rows_measured_once_more_at_more_columns(base: Path, tmp_path: Path) -> None:
+    """As it is where a task is allocated after the others were merged: a wider block rounds what was there anew."""
+    found = write_mix(tmp_path / "a", base, {"one": "fa", "two": "fa", "three": "fa"}, rank=2, target_modules=TARGETS)
+    known, folder = moments_of(base, found, target_modules=TARGETS), tmp_path / "ours"
+    merge(base, [found["one"], found["two"]], output=folder, method="corrected", moments=known)
+    before, generator = tree(folder), np.random.default_rng(0)
+
+    def anew(site: Site) -> Site:
+        noise = generator.uniform(-1e-6, 1e-6, site.block.shape)
+        return replace(site, block=(site.block * (1 + noise + noise.T)).astype(np.float32))
+
+    later = {
+        task: replace(each, sites={module: anew(site) for module, site in each.sites.items()})
+        for task, each in known.items()
+    }
+    assert not np.array_equal(later["one"].sites[Q].block, known["one"].sites[Q].block)
+    add(folder, found["three"], moments=later)
+    proof = verify(folder, base, [*found.values()])
+    assert proof.ok, proof.problem
+    remove(folder, "three")
+    assert tree(folder) == before
+
+
+def test_a_receipt_that_does_not_fit_itself(merged: Path, tasks: dict[str, Path], known: dict[str, Moments]) -> None:
+    content = json.loads((merged / RECEIPT_FILE).read_text())
+    first = content["corrected"]["tasks"]["first"]
+    for kept in ({"rows": first}, {**content["corrected"]["tasks"], "columns": first}):
+        edit_json(merged / RECEIPT_FILE, corrected={**content["corrected"], "tasks": kept})
+        untouched(merged, lambda: remove(merged, "first"), CheckpointError, "corrected.tasks")
+        untouched(merged, lambda: reweight(merged, tasks["rows"], 2), CheckpointError, "corrected.tasks")
+        assert "other tasks that were corrected" in str(verify(merged, quick=True).problem)
+    for task, what in (("first", "indices"), ("rows", "excluded")):
+        changed = json.loads(json.dumps(content["tasks"]))
+        next(iter(changed[task]["regions"].values()))[what].append(10**6)
+        edit_json(merged / RECEIPT_FILE, tasks=changed, corrected=content["corrected"])
+        for act in (lambda: remove(merged, "first"), lambda: add(merged, tasks["columns"], moments=known)):
+            untouched(merged, act, CheckpointError, "is damaged", task, "1000000 is outside an axis")
 
 
 def test_damaged_files_are_refused(merged: Path, tasks: dict[str, Path], known: dict[str, Moments]) -> None:

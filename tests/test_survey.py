@@ -156,6 +156,21 @@ def test_a_text_for_tasks_without_rows(project: Path, run: Run) -> None:
     assert moments("later").source == "text"
 
 
+def test_a_text_that_nobody_needs(project: Path, run: Run) -> None:
+    Path("some.txt").write_text("the quick brown fox " * 100)
+    result = run("measure", "--tasks", "adding", "--text", "some.txt", "--dry-run", "--json")
+    assert result.json["adding"]["source"] == "task" and "some.txt is not used" in result.err
+
+
+def test_recipes_are_set_as_in_training(project: Path, run: Run) -> None:
+    rows = Path("data/adding-train.jsonl").read_text().splitlines()
+    Path("data/few.jsonl").write_text("\n".join(rows[:3]))
+    for more in ([], ["--dry-run"]):
+        result = run("measure", "--tasks", "adding", "--set", "train=data/few.jsonl", "--json", *more)
+        assert result.code == 0 and result.json["adding"]["rows"] == 3
+    assert_refused(run("measure", "--tasks", "adding", "--set", "trian=x"), 2, "did you mean train?", progress=True)
+
+
 def test_one_row(project: Path, run: Run) -> None:
     result = run("measure", "--tasks", "adding", "--rows", "1", "--json")
     assert result.code == 0 and result.json["adding"]["rows"] == 1

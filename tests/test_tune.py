@@ -22,6 +22,7 @@ from multisbora import SboraConfig, merge
 from multisbora import tune as tuning
 from multisbora.adapter import Adapter
 from multisbora.blend import Blend
+from multisbora.cli_composed import _tuned_lines
 from multisbora.dataset import encode, pack
 from multisbora.errors import AdapterError, CheckpointError, DataError, MergeError, TrainingError, UsageError
 from multisbora.evaluate import log_likelihoods
@@ -31,7 +32,7 @@ from multisbora.loading import load_base, load_model, load_tokenizer
 from multisbora.recipe import Recipe
 from multisbora.stream import fingerprint
 from multisbora.trainer import answer_loss
-from multisbora.tune import Point, Tuned, tune
+from multisbora.tune import Point, Tuned, TunedTask, tune
 from multisbora.view import Kind
 from multisbora.weights import TaskWeight, read_weights, write_weights
 
@@ -446,6 +447,17 @@ def test_tune_and_merge(ready: Path, run: Run) -> None:
         output=ready / "merged",
     )
     assert {task: receipt.tasks[task].weight for task in TASKS} == weights
+
+
+def test_the_lambda_that_is_shown() -> None:
+    """A mean is what tuning makes of the default; that of a start that nothing beats is what somebody said."""
+    start = {"a": TaskWeight(0.5, (("q_proj", 2.0),)), "b": TaskWeight(1.0, tuple((f"{n}.x", 0.5) for n in range(4)))}
+    task = TunedTask(1, 1, 2.0, 1.0, 1.5, 1.5, 0.5, 0.5)
+    for step, shown in ((0, ("0.5, q_proj 2", "1 but for 4 patterns")), (3, ("0.5 in the mean", "1 in the mean"))):
+        point = Point(step, start, {"a": 1.5, "b": 1.5}, {"a": 0.5, "b": 0.5})
+        found = Tuned("kind", "gradient", 8, 4, start, dict.fromkeys(start, task), point, (point,))
+        lines = _tuned_lines(found, None)
+        assert all(line.endswith(end) for line, end in zip(lines[2:], shown, strict=False)), lines
 
 
 def test_a_dry_run_computes_and_writes_nothing(ready: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,3 +243,14 @@ def test_a_file_of_weights_is_told_by_its_suffix(tmp_path: Path) -> None:
 def test_many_lambdas_are_told_by_their_range() -> None:
     weight = TaskWeight(0.5, tuple((f"layers.{i}.up", i / 10) for i in range(9)))
     assert str(weight) == "0.5, 9 patterns 0 to 0.8"
+
+
+def test_a_pattern_on_the_command_line_goes_before_those_of_the_file_and_a_lambda_replaces_them() -> None:
+    from_file = {"math": TaskWeight(0.9, (("q_proj", 0.2), ("k_proj", 0.3))), "chat": TaskWeight(0.4)}
+    told = parse_weights(["math:q_proj=0.5", "chat=0.7"], from_file)
+    assert told == {
+        "math": TaskWeight(0.9, (("q_proj", 0.5), ("k_proj", 0.3))),
+        "chat": TaskWeight(0.7),
+    }
+    assert [told["math"].at(f"layers.0.{kind}") for kind in ("q_proj", "k_proj", "v_proj")] == [0.5, 0.3, 0.9]
+    assert parse_weights(["math=1"], from_file)["math"] == TaskWeight(1.0)

@@ -65,6 +65,8 @@ class Kept:
         Raises:
             One of UNREADABLE: it is not there.
         """
+        if task not in self._files:
+            raise ValueError(f"no file is kept of {task}")
         name, file = self._files[task]
         key = f"{what}/{share.matrix.cells_name}"
         found = file.tensors.get(key)
