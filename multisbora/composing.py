@@ -12,7 +12,7 @@ from .lifecycle import required
 from .project import Project
 from .publish import check_output_file, publish_file
 from .recipe import load
-from .weights import check_suffix, parse_weights, read_weights, write_weights
+from .weights import check_suffix, weights_for, write_weights
 
 if TYPE_CHECKING:
     from .crosstalk import Crosstalk
@@ -39,16 +39,13 @@ def measure_crosstalk(
         rows: of each task; None takes the default.
         plot: a PNG file to draw it into.
     """
-    from_file = read_weights(weights_from) if weights_from else {}
-    told = parse_weights(weight, from_file)
     if plot is not None:
         from .heatmap import check_plot
 
         check_plot(plot)
     tasks = _trained(project, tasks)
     recipes = [load(task, Path(project.recipes), overrides) for task in tasks]
-    if unused := sorted(set(from_file) - set(tasks)):
-        say(f"{weights_from}: the weights of {', '.join(unused)} are not used, since they are not looked at")
+    weights = weights_for(tasks, weight, weights_from, say, "looked at")
     base = project.base(say)
     from .crosstalk import ROWS, crosstalk
 
@@ -59,7 +56,7 @@ def measure_crosstalk(
             [project.adapter(task) for task in tasks],
             recipes,
             rows=ROWS if rows is None else rows,
-            weights={**{task: value for task, value in from_file.items() if task in tasks}, **told},
+            weights=weights,
             base_view=base_view,
             say=say,
         )
@@ -89,15 +86,12 @@ def tune_tasks(
         output: file of weights to make.
         settings: of `tune`.
     """
-    from_file = read_weights(weights_from) if weights_from else {}
-    told = parse_weights(weight, from_file)
     if output is not None:
         check_suffix(output)
         check_output_file(output)
     tasks = _trained(project, tasks)
     recipes = [load(task, Path(project.recipes), overrides) for task in tasks]
-    if unused := sorted(set(from_file) - set(tasks)):
-        say(f"{weights_from}: the weights of {', '.join(unused)} are not used, since they are not tuned")
+    start = weights_for(tasks, weight, weights_from, say, "tuned")
     base = project.base(say)
     from .tune import tune
 
@@ -107,7 +101,7 @@ def tune_tasks(
             base,
             [project.adapter(task) for task in tasks],
             recipes,
-            start={**{task: value for task, value in from_file.items() if task in tasks}, **told},
+            start=start,
             dry_run=dry_run,
             say=say,
             **settings,

@@ -20,7 +20,7 @@ from .recipe import load
 from .registry import Registry
 from .registry.replay import digests
 from .shares import model_name
-from .weights import TaskWeight, parse_weights, read_weights
+from .weights import TaskWeight, parse_weights, read_weights, weights_for
 
 if TYPE_CHECKING:
     from .change import Edit
@@ -85,8 +85,6 @@ def merge_tasks(
     Args:
         method, ridge: as in `merge.merge`, with the moments that the registry has.
     """
-    from_file = read_weights(weights_from) if weights_from else {}
-    told = parse_weights(weight, from_file)
     shard_size = None if max_shard_size is None else parse_size(max_shard_size)
     with required(project) as registry:
         claims = registry.claims(project.model_name, project.composition)
@@ -102,8 +100,7 @@ def merge_tasks(
         with registry.reading() as reader:
             known = {task: digests(reader, project.model_name, task) for task in chosen}
         moments = _moments(registry, project, chosen) if method == "corrected" else None
-    if unused := sorted(set(from_file) - set(chosen)):
-        say(f"{weights_from}: the weights of {', '.join(unused)} are not used, since they are not merged")
+    weights = weights_for(chosen, weight, weights_from, say, "merged")
     for task in chosen:
         if not project.adapter(task).is_dir():
             raise AdapterError(
@@ -117,7 +114,7 @@ def merge_tasks(
     receipt = merge(
         base,
         [project.adapter(task) for task in chosen],
-        {**{task: value for task, value in from_file.items() if task in chosen}, **told},
+        weights,
         output=output,
         base_view=base_view,
         geometry=project.base_geometry(base),

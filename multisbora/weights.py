@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -138,6 +138,24 @@ def parse_weights(given: Sequence[str], from_file: Mapping[str, TaskWeight] | No
             rest = tuple(part for part in file.patterns if part[0] not in found[task])
             told[task] = TaskWeight(file.default, (*told[task].patterns, *rest))
     return told
+
+
+def weights_for(
+    tasks: Collection[str], given: Sequence[str], file: Path | None, say: Callable[[str], None], done: str
+) -> dict[str, TaskWeight]:
+    """What `--weight` options and a file of `--weights-from` say of the tasks of a composition.
+
+    Args:
+        say: told of tasks in the file that are not among `tasks`.
+        done: what is not done with those, in that message.
+
+    Raises:
+        UsageError: as `parse_weights` and `read_weights`.
+    """
+    from_file = read_weights(file) if file else {}
+    if unused := sorted(set(from_file) - set(tasks)):
+        say(f"{file}: the weights of {', '.join(unused)} are not used, since they are not {done}")
+    return {task: value for task, value in from_file.items() if task in tasks} | parse_weights(given, from_file)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, TaskWeight]:

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import random
+import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -194,3 +195,18 @@ def _some(name: str, function: Callable[..., Any], arguments: tuple[Any, ...], p
 
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
+
+
+class Case:
+    """One operation: the folder before it, and all files before and after."""
+
+    def __init__(self, before: Path, act: Callable[[Path], object]) -> None:
+        self.before, self.act = before, act
+        self.old = tree(before)
+        twin = Path(shutil.copytree(before, before.with_name(f"{before.name}-after")))
+        self.calls = calls(lambda: act(twin))
+        self.new = tree(twin)
+        assert self.old != self.new
+
+    def copy(self, to: Path) -> Path:
+        return Path(shutil.copytree(self.before, to))

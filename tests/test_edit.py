@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from multisbora.checkpoint import Checkpoint
 from multisbora.edit import add, remove, reweight
 from multisbora.errors import AdapterError, CheckpointError, MergeError, UsageError
 from multisbora.geometry import from_checkpoint
+from multisbora.kept import FOLDER as CORRECTED
 from multisbora.merge import merge
 from multisbora.receipt import Receipt
 from multisbora.undo import CellsFile, undo_path
@@ -104,16 +105,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("kinds"))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_edits_in_any_order_end_in_what_a_merge_makes(models: Models, tmp_path: Path, data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from(sorted(KINDS)))
-    base, adapters = models.get(kind)
-    shard_size, pattern = KINDS[kind][2], PATTERNS[kind.split()[0]]
-    number = st.sampled_from([1.0, 0.5, -1.25, 0.0, 3.0])
-    # Two patterns that name the same matrices: the first decides, also when the receipt was written and read.
-    weight = number | st.fixed_dictionaries({"default": number, f"({pattern})": number, f".*({pattern})": number})
-    folder = tmp_path / os.urandom(6).hex()
+def edit_at_random(
+    data: st.DataObject,
+    folder: Path,
+    base: Path,
+    adapters: Mapping[str, Path],
+    weight: st.SearchStrategy[Any],
+    options: Mapping[str, Any],
+    adding: Mapping[str, Any],
+    most: int,
+) -> list[str]:
+    """Merge some tasks into `folder` and edit it up to `most` times. After each edit it is what a merge makes, a dry
+    run has said what would be done, and nothing else has changed.
+
+    Args:
+        options, adding: of `merge` and of `add`.
+
+    Returns:
+        The tasks that are in it.
+    """
     present: dict[str, Any] = {
         task: data.draw(weight)
         for task in data.draw(st.lists(st.sampled_from(sorted(adapters)), min_size=1, unique=True))
@@ -121,20 +131,20 @@ def test_any_edits_in_any_order_end_in_what_a_merge_makes(models: Models, tmp_pa
 
     def fresh() -> dict[str, bytes]:
         twin = folder.with_name(f"{folder.name}-{os.urandom(4).hex()}")
-        merge(base, [adapters[task] for task in present], present, output=twin, max_shard_size=shard_size)
+        merge(base, [adapters[task] for task in present], present, output=twin, **options)
         found = tree(twin)
         shutil.rmtree(twin)
         return found
 
-    merge(base, [adapters[task] for task in present], present, output=folder, max_shard_size=shard_size)
-    for _ in range(data.draw(st.integers(1, 5))):
+    merge(base, [adapters[task] for task in present], present, output=folder, **options)
+    for _ in range(data.draw(st.integers(1, most))):
         task = data.draw(st.sampled_from(sorted(adapters)))
         before = tree(folder)
         if task not in present:
             present[task] = data.draw(weight)
-            preview = add(folder, adapters[task], present[task], dry_run=True)
+            preview = add(folder, adapters[task], present[task], **adding, dry_run=True)
             assert tree(folder) == before
-            assert add(folder, adapters[task], present[task]) == preview
+            assert add(folder, adapters[task], present[task], **adding) == preview
         elif data.draw(st.booleans()):
             present[task] = data.draw(weight)
             preview = reweight(folder, adapters[task], present[task], dry_run=True)
@@ -153,7 +163,23 @@ def test_any_edits_in_any_order_end_in_what_a_merge_makes(models: Models, tmp_pa
             assert after == fresh()
         else:
             stored = {path.name: path.read_bytes() for path in base.glob("*.safetensors")}
-            assert shard_size or {name: after[name] for name in stored} == stored
+            assert options["max_shard_size"] or {name: after[name] for name in stored} == stored
+            assert not (folder / CORRECTED).exists()
+    return list(present)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_edits_in_any_order_end_in_what_a_merge_makes(models: Models, tmp_path: Path, data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(sorted(KINDS)))
+    base, adapters = models.get(kind)
+    shard_size, pattern = KINDS[kind][2], PATTERNS[kind.split()[0]]
+    number = st.sampled_from([1.0, 0.5, -1.25, 0.0, 3.0])
+    # Two patterns that name the same matrices: the first decides, also when the receipt was written and read.
+    weight = number | st.fixed_dictionaries({"default": number, f"({pattern})": number, f".*({pattern})": number})
+    folder = tmp_path / os.urandom(6).hex()
+    options = {"max_shard_size": shard_size}
+    edit_at_random(data, folder, base, adapters, weight, options, {}, most=5)
     shutil.rmtree(folder)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from builders import edit_json, tiny_llama
 from commands import refused as message_of
-from faults import ERRORS, calls, dies, moments, refused, short_writes, tree
+from faults import ERRORS, Case, calls, dies, moments, refused, short_writes, tree
 from mix import write_mix
 from safetensors.numpy import load_file, save_file
 
@@ -33,21 +33,6 @@ pytestmark = pytest.mark.usefixtures("unsynced")
 
 Operation = Callable[[Path], object]
 OPERATIONS = ("add rows", "add columns", "remove rows", "remove columns", "reweight rows", "remove the last")
-
-
-class Case:
-    """One operation: the folder before it, and all files before and after."""
-
-    def __init__(self, before: Path, act: Operation) -> None:
-        self.before, self.act = before, act
-        self.old = tree(before)
-        twin = Path(shutil.copytree(before, before.with_name(f"{before.name}-after")))
-        self.calls = calls(lambda: act(twin))
-        self.new = tree(twin)
-        assert self.old != self.new
-
-    def copy(self, to: Path) -> Path:
-        return Path(shutil.copytree(self.before, to))
 
 
 @pytest.fixture(scope="module")

@@ -9,19 +9,18 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from builders import edit_json, tiny_llama
 from commands import refused
-from faults import calls, dies, moments, tree
+from faults import Case, calls, dies, moments, tree
 from faults import refused as failing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mix import write_mix
 from test_corrected import kept_of, moments_of
-from test_edit import KINDS, PATTERNS, VARIANTS, Models, Q, untouched
+from test_edit import KINDS, PATTERNS, VARIANTS, Models, Q, edit_at_random, untouched
 
 from multisbora.checkpoint import RECEIPT_FILE
 from multisbora.edit import add, remove, reweight
@@ -67,48 +66,8 @@ def test_any_edits_in_any_order_end_in_what_a_merge_makes(
     number = st.sampled_from([1.0, 0.5, -1.25, 0.0, 3.0])
     weight = number | st.fixed_dictionaries({"default": number, f"({pattern})": number})
     folder = tmp_path / os.urandom(6).hex()
-    present: dict[str, Any] = {
-        task: data.draw(weight)
-        for task in data.draw(st.lists(st.sampled_from(sorted(adapters)), min_size=1, unique=True))
-    }
-    options: dict[str, Any] = {"method": "corrected", "moments": moments, "max_shard_size": shard_size}
-
-    def fresh() -> dict[str, bytes]:
-        twin = folder.with_name(f"{folder.name}-{os.urandom(4).hex()}")
-        merge(base, [adapters[task] for task in present], present, output=twin, **options)
-        found = tree(twin)
-        shutil.rmtree(twin)
-        return found
-
-    merge(base, [adapters[task] for task in present], present, output=folder, **options)
-    for _ in range(data.draw(st.integers(1, 4))):
-        task = data.draw(st.sampled_from(sorted(adapters)))
-        before = tree(folder)
-        if task not in present:
-            present[task] = data.draw(weight)
-            preview = add(folder, adapters[task], present[task], moments=moments, dry_run=True)
-            assert tree(folder) == before
-            assert add(folder, adapters[task], present[task], moments=moments) == preview
-        elif data.draw(st.booleans()):
-            present[task] = data.draw(weight)
-            preview = reweight(folder, adapters[task], present[task], dry_run=True)
-            assert tree(folder) == before
-            assert reweight(folder, adapters[task], present[task]) == preview
-        else:
-            del present[task]
-            preview = remove(folder, task, dry_run=True)
-            assert tree(folder) == before
-            assert remove(folder, task) == preview
-        after = tree(folder)
-        assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} <= {
-            *preview.files
-        }
-        if present:
-            assert after == fresh()
-        else:
-            stored = {path.name: path.read_bytes() for path in base.glob("*.safetensors")}
-            assert shard_size or {name: after[name] for name in stored} == stored
-            assert not (folder / FOLDER).exists()
+    options = {"method": "corrected", "moments": moments, "max_shard_size": shard_size}
+    present = edit_at_random(data, folder, base, adapters, weight, options, {"moments": moments}, most=4)
     proof = verify(folder, base, [adapters[task] for task in present])
     assert proof.ok, proof.problem
     shutil.rmtree(folder)
@@ -157,21 +116,6 @@ def merged(base: Path, tasks: dict[str, Path], known: dict[str, Moments], tmp_pa
     folder = tmp_path / "ours"
     merge(base, [tasks["first"], tasks["rows"]], output=folder, method="corrected", moments=known)
     return folder
-
-
-class Case:
-    """One operation: the folder before it, and all files before and after."""
-
-    def __init__(self, before: Path, act: Operation) -> None:
-        self.before, self.act = before, act
-        self.old = tree(before)
-        twin = Path(shutil.copytree(before, before.with_name(f"{before.name}-after")))
-        self.calls = calls(lambda: act(twin))
-        self.new = tree(twin)
-        assert self.old != self.new
-
-    def copy(self, to: Path) -> Path:
-        return Path(shutil.copytree(self.before, to))
 
 
 OPERATIONS = ("add", "remove", "reweight", "remove the last")
