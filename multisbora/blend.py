@@ -14,21 +14,12 @@ from torch import Tensor
 from .attention import use_packed_attention
 from .dataset import Example
 from .errors import TrainingError
-from .probe import batches
+from .probe import Batch, batches
 from .trainer import answer_loss
 from .tuner.layer import Mix
 from .tuner.slopes import lambda_slopes
 
 Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Some rows of one task. `labels` line up with the logits; `tokens` of them are of an answer."""
-
-    inputs: dict[str, Any]
-    labels: Tensor
-    tokens: int
 
 
 class Blend:
@@ -53,8 +44,7 @@ class Blend:
 
     def batches(self, examples: Sequence[Example], tokens: int) -> list[Batch]:
         """Examples in batches of `tokens` tokens at most, see `probe.batches`."""
-        found = batches(self.model, examples, tokens)
-        return [Batch(inputs, labels, int((labels != -100).sum())) for inputs, labels in found]
+        return list(batches(self.model, examples, tokens))
 
     def compose(self, lambdas: Array, active: Iterable[int] | None = None) -> None:
         """Have these lambdas in the next forward.

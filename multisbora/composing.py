@@ -12,7 +12,7 @@ from .lifecycle import required
 from .project import Project
 from .publish import check_output_file, publish_file
 from .recipe import load
-from .weights import check_suffix, weights_for, write_weights
+from .weights import GivenWeights, check_suffix, write_weights
 
 if TYPE_CHECKING:
     from .crosstalk import Crosstalk
@@ -43,9 +43,10 @@ def measure_crosstalk(
         from .heatmap import check_plot
 
         check_plot(plot)
+    given = GivenWeights.read(weight, weights_from)
     tasks = _trained(project, tasks)
     recipes = [load(task, Path(project.recipes), overrides) for task in tasks]
-    weights = weights_for(tasks, weight, weights_from, say, "looked at")
+    weights = given.of(tasks, say, "looked at")
     base = project.base(say)
     from .crosstalk import ROWS, crosstalk
 
@@ -89,9 +90,10 @@ def tune_tasks(
     if output is not None:
         check_suffix(output)
         check_output_file(output)
+    given = GivenWeights.read(weight, weights_from)
     tasks = _trained(project, tasks)
     recipes = [load(task, Path(project.recipes), overrides) for task in tasks]
-    start = weights_for(tasks, weight, weights_from, say, "tuned")
+    start = given.of(tasks, say, "tuned")
     base = project.base(say)
     from .tune import tune
 

@@ -20,7 +20,7 @@ from .recipe import load
 from .registry import Registry
 from .registry.replay import digests
 from .shares import model_name
-from .weights import TaskWeight, parse_weights, read_weights, weights_for
+from .weights import GivenWeights, TaskWeight, parse_weights, read_weights
 
 if TYPE_CHECKING:
     from .change import Edit
@@ -86,6 +86,7 @@ def merge_tasks(
         method, ridge: as in `merge.merge`, with the moments that the registry has.
     """
     shard_size = None if max_shard_size is None else parse_size(max_shard_size)
+    given = GivenWeights.read(weight, weights_from)
     with required(project) as registry:
         claims = registry.claims(project.model_name, project.composition)
         chosen = list(tasks or claims)
@@ -100,7 +101,7 @@ def merge_tasks(
         with registry.reading() as reader:
             known = {task: digests(reader, project.model_name, task) for task in chosen}
         moments = _moments(registry, project, chosen) if method == "corrected" else None
-    weights = weights_for(chosen, weight, weights_from, say, "merged")
+    weights = given.of(chosen, say, "merged")
     for task in chosen:
         if not project.adapter(task).is_dir():
             raise AdapterError(

@@ -1,7 +1,8 @@
 """What a task's rows send through the matrices of a base model, see `moments`: one pass forward and back over them.
 
-The base is frozen and nobody's adapter is on it. The loss is the sum of the nats of all answer tokens, so the gradient
-at a token is that of its own row's loss, in whatever batch it stands.
+The base is frozen and nobody's adapter is on it. The loss is a sum over answer tokens, so the gradient at a token is
+that of its own row's loss, in whatever batch it stands. The p-th token of an answer counts 1 / p, see
+`probe.opening_loss`; of a text that stands for a task all tokens count alike.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .errors import DataError, GeometryError
 from .geometry import Geometry, Names
 from .loading import load_base
 from .moments import FLOATS, INTS, WIDEST, Moments, Site
-from .probe import BATCH_TOKENS, Say, batches
+from .probe import BATCH_TOKENS, Say, batches, opening_loss
 from .quantization import widen
 from .registry.reader import Reader
 from .trainer import answer_loss
@@ -73,8 +74,9 @@ def measure(
         if module in sums:
             sums[module].block_of(wanted)
     with _watching(model, sums):
-        for inputs, labels in batches(model, examples, tokens):
-            loss = answer_loss(model(**inputs), labels, num_items_in_batch=1)
+        for batch in batches(model, examples, tokens):
+            outputs = model(**batch.inputs)
+            loss = opening_loss(outputs, batch) if source == "task" else answer_loss(outputs, batch.labels, 1)
             if not torch.isfinite(loss):
                 raise DataError(
                     f"task {task}: the base model's loss on its rows is {float(loss.detach())}, nothing can be "

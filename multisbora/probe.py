@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .dataset import Example, Row, check_examples, encode, load_rows, overlap, pack, packs, pad, split
@@ -14,6 +17,39 @@ from .recipe import Recipe
 
 BATCH_TOKENS = 2048
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some rows of one task.
+
+    Attributes:
+        inputs: arguments of the model.
+        labels: those that line up with its logits, -100 where there is none.
+        places: like `labels`, int64: 1 at the first token of each answer, 2 at the second, and so on; 0 elsewhere.
+    """
+
+    inputs: dict[str, Any]
+    labels: Tensor
+    places: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """How many are of an answer."""
+        return int(torch.count_nonzero(self.places))
+
+
+def opening_loss(outputs: Any, batch: Batch) -> Tensor:
+    """The nats of a batch's answer tokens, summed, of which the p-th of an answer counts 1 / p.
+
+    What an answer will be is settled by its first words. That is where one task speaks in another's voice, and the rest
+    follows what was said: tokens that all count alike hide it.
+
+    Args:
+        outputs: of the model, logits (batch, positions, vocabulary).
+    """
+    nats = F.cross_entropy(outputs.logits.flatten(0, -2).float(), batch.labels.reshape(-1), reduction="none")
+    return (nats / batch.places.reshape(-1).clamp(min=1)).sum()  # (tokens,), 0 where there is no label
 
 
 def probe(recipe: Recipe, tokenizer: Any, rows: int, say: Say, *, least: int = 1) -> list[Example]:
@@ -74,10 +110,8 @@ def _asked(recipe: Recipe, row: Row) -> str:
     return " ".join(prompt.lower().split())
 
 
-def batches(
-    model: Any, examples: Sequence[Example], tokens: int = BATCH_TOKENS
-) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """(arguments of the model, labels that line up with its logits), in the order of the examples.
+def batches(model: Any, examples: Sequence[Example], tokens: int = BATCH_TOKENS) -> Iterator[Batch]:
+    """Examples in batches, in their order.
 
     A batch holds examples of `tokens` tokens at most, padding included, or one example. They are packed where the model
     keeps packed examples apart; `attention.use_packed_attention` makes that cheap.
@@ -85,9 +119,18 @@ def batches(
     packed = packs(model)
     for group in _groups(examples, tokens, packed):
         batch: dict[str, Any] = pack(group) if packed else pad(group, 0)
+        batch["places"] = _places(group, batch["labels"], packed)
         placed = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        labels = placed.pop("labels")
-        yield {**placed, "use_cache": False}, labels
+        labels, places = placed.pop("labels"), placed.pop("places")
+        yield Batch({**placed, "use_cache": False}, labels, places)
+
+
+def _places(group: Sequence[Example], labels: Tensor, packed: bool) -> Tensor:
+    """`Batch.places`."""
+    if packed:
+        return torch.cat([torch.arange(1, len(x.input_ids) - x.answer_start + 1) for x in group])[None]
+    answered = labels != -100
+    return answered.cumsum(1) * answered
 
 
 def _groups(examples: Sequence[Example], tokens: int, packed: bool) -> Iterator[list[Example]]:

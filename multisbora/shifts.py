@@ -25,8 +25,7 @@ from torch.nn import functional as F
 
 from .attention import use_packed_attention
 from .dataset import Example, packs
-from .probe import BATCH_TOKENS, batches
-from .trainer import answer_loss
+from .probe import BATCH_TOKENS, batches, opening_loss
 from .tuner import SboraLayer
 
 Figures = npt.NDArray[np.float64]
@@ -81,8 +80,8 @@ class Effect:
 
     Attributes:
         shift: all tokens weigh the same; energies are squared units of the matrix' output.
-        harm: a token weighs |g|^2 / out_features, g being the gradient of the summed loss (nats) of its row's answer
-            tokens at the output of the matrix, in the base model; energies are `moments.harm`, squared nats a token.
+        harm: a token weighs |g|^2 / out_features, g being the gradient of its row's `probe.opening_loss` at the output
+            of the matrix, in the base model; energies are `moments.harm`, squared nats a token.
     """
 
     shift: Shift
@@ -194,8 +193,8 @@ def observe(model: Any, watches: Mapping[str, Watch], examples: Sequence[Example
         found = list(batches(model, examples, BATCH_TOKENS if packs(model) else 1))
         sums = {name: watch.nothing() for name, watch in watches.items()}
         with _watched(model, watches, sums), torch.enable_grad():
-            for inputs, labels in found:
-                answer_loss(model(**inputs), labels, num_items_in_batch=1).backward()
+            for batch in found:
+                opening_loss(model(**batch.inputs), batch).backward()
     finally:
         if packing:
             model.set_attn_implementation("sdpa")

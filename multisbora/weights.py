@@ -140,22 +140,40 @@ def parse_weights(given: Sequence[str], from_file: Mapping[str, TaskWeight] | No
     return told
 
 
-def weights_for(
-    tasks: Collection[str], given: Sequence[str], file: Path | None, say: Callable[[str], None], done: str
-) -> dict[str, TaskWeight]:
-    """What `--weight` options and a file of `--weights-from` say of the tasks of a composition.
+@dataclass(frozen=True)
+class GivenWeights:
+    """What `--weight` options and a file of `--weights-from` say, before it is known of which tasks.
 
-    Args:
-        say: told of tasks in the file that are not among `tasks`.
-        done: what is not done with those, in that message.
-
-    Raises:
-        UsageError: as `parse_weights` and `read_weights`.
+    Attributes:
+        file: the file; None where there is none.
+        from_file: what it says.
+        options: what the options say, of what the file says where they leave it.
     """
-    from_file = read_weights(file) if file else {}
-    if unused := sorted(set(from_file) - set(tasks)):
-        say(f"{file}: the weights of {', '.join(unused)} are not used, since they are not {done}")
-    return {task: value for task, value in from_file.items() if task in tasks} | parse_weights(given, from_file)
+
+    file: Path | None
+    from_file: Mapping[str, TaskWeight]
+    options: Mapping[str, TaskWeight]
+
+    @classmethod
+    def read(cls, given: Sequence[str], file: Path | None) -> GivenWeights:
+        """Read both.
+
+        Raises:
+            UsageError: as `parse_weights` and `read_weights`.
+        """
+        from_file = read_weights(file) if file else {}
+        return cls(file, from_file, parse_weights(given, from_file))
+
+    def of(self, tasks: Collection[str], say: Callable[[str], None], done: str) -> dict[str, TaskWeight]:
+        """Those of the tasks of a composition; an option for another task is left to whoever takes them to refuse.
+
+        Args:
+            say: told of tasks in the file that are not among `tasks`.
+            done: what is not done with those, in that message.
+        """
+        if unused := sorted(set(self.from_file) - set(tasks)):
+            say(f"{self.file}: the weights of {', '.join(unused)} are not used, since they are not {done}")
+        return {task: value for task, value in self.from_file.items() if task in tasks} | dict(self.options)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, TaskWeight]:

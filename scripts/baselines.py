@@ -118,7 +118,7 @@ def input_moments(model: Any, targets: Sequence[str], examples: Sequence[Sequenc
 
         return see
 
-    looked = [[inputs for inputs, _ in batches(model, rows)] for rows in examples]  # which runs the model, too
+    looked = [[batch.inputs for batch in batches(model, rows)] for rows in examples]  # which runs the model, too
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
     try:
         for rows, groups in zip(examples, looked, strict=True):

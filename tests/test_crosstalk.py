@@ -125,11 +125,11 @@ def measured(case: Case) -> Crosstalk:
 # ------------------------------------------------------------------------------------------------- the plain loop
 
 
-def row_loss(model: Any, example: Example) -> torch.Tensor:
-    """The sum over a row's answer tokens, in nats."""
+def row_nats(model: Any, example: Example) -> torch.Tensor:
+    """Of each answer token of a row."""
     ids = torch.tensor([example.input_ids])
     logits = model(ids, use_cache=False).logits[0, example.answer_start - 1 : -1]
-    return F.cross_entropy(logits.double(), ids[0, example.answer_start :], reduction="sum")
+    return F.cross_entropy(logits.double(), ids[0, example.answer_start :], reduction="none")
 
 
 def keep(seen: dict[str, Any], name: str, layer: Any, inputs: Any, output: torch.Tensor) -> None:
@@ -150,7 +150,8 @@ def by_hand(case: Case, lambdas: Mapping[str, TaskWeight]) -> dict[str, tuple[Sh
         for example in case.examples(task):
             seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
             hooks = [layer.register_forward_hook(partial(keep, seen, name)) for name, layer in layers.items()]
-            row_loss(model, example).backward()
+            nats = row_nats(model, example)
+            (nats / torch.arange(1, len(nats) + 1)).sum().backward()
             for hook in hooks:
                 hook.remove()
             tokens += len(example.input_ids)
@@ -185,7 +186,7 @@ def loss_by_hand(case: Case, task: str, lambdas: Mapping[str, TaskWeight]) -> fl
                     dense = torch.tensor(update, dtype=torch.float32)
                     layer.weight += dense.t() if isinstance(layer, Conv1D) else dense
         examples = case.examples(task)
-        total = sum(float(row_loss(model, example)) for example in examples)
+        total = sum(float(row_nats(model, example).sum()) for example in examples)
     return total / sum(len(example.input_ids) - example.answer_start for example in examples)
 
 

@@ -31,8 +31,12 @@ def examples(count: int = 7, seed: int = 0) -> list[Example]:
     return [Example(generator.integers(3, 250, n).tolist(), max(1, n // 2), row) for row, n in enumerate(lengths, 1)]
 
 
-def seen(model: Any, found: Sequence[Example], module: str) -> tuple[Tensor, Tensor]:
-    """What one linear layer gets, (tokens, in), and the loss's gradient at what it puts out, (tokens, out), in fp64."""
+def seen(model: Any, found: Sequence[Example], module: str, *, opening: bool = True) -> tuple[Tensor, Tensor]:
+    """What one linear layer gets, (tokens, in), and the loss's gradient at what it puts out, (tokens, out), in fp64.
+
+    Args:
+        opening: whether the p-th token of an answer counts 1 / p.
+    """
     layer = model.get_submodule(module)
     inputs, gradients = [], []
     for example in found:
@@ -47,7 +51,8 @@ def seen(model: Any, found: Sequence[Example], module: str) -> tuple[Tensor, Ten
         scores = torch.log_softmax(model(input_ids=ids).logits[0], dim=-1)
         hook.remove()
         answers = ids[0, example.answer_start :]
-        loss = -scores[example.answer_start - 1 : -1].gather(1, answers[:, None]).sum()
+        nats = -scores[example.answer_start - 1 : -1].gather(1, answers[:, None])[:, 0]
+        loss = (nats / torch.arange(1, len(nats) + 1)).sum() if opening else nats.sum()
         (gradient,) = torch.autograd.grad(loss, kept[1])
         inputs.append(kept[0][0].detach())
         gradients.append(gradient[0])
@@ -72,20 +77,22 @@ def look(folder: Path, found: Sequence[Example], **options: Any) -> tuple[Any, G
     return model, geometry, told
 
 
+@pytest.mark.parametrize("source", ["task", "text"])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("tokens", [40, 2048])
 def test_moments_are_those_of_autograd(
-    folder: Path, packed: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, packed: bool, tokens: int, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of a text all tokens count alike."""
     rows = examples()
     if not packed:
         monkeypatch.setattr(probe, "packs", lambda model: False)
-    _, geometry, told = look(folder, rows, tokens=tokens)
+    _, geometry, told = look(folder, rows, tokens=tokens, source=source)
     plain = load_base(folder).double()
     assert (told.rows, told.tokens, told.geometry_digest) == (7, 99, geometry.digest)
     assert set(told.sites) == {matrix.module for matrix in geometry.matrices}
     for module, site in told.sites.items():
-        x, g = seen(plain, rows, module)
+        x, g = seen(plain, rows, module, opening=source == "task")
         weight = g.square().sum(1, keepdim=True)
         part = x[:, list(CHANNELS)] * weight.sqrt()
         assert close(site.energy, (weight * x.square()).mean(0))

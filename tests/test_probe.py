@@ -58,10 +58,13 @@ def test_every_example_is_in_one_batch(lengths: list[int], tokens: int, packed: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "packs", lambda _: packed)
         found = list(batches(model, examples, tokens))
-    answers = 0
-    for inputs, labels in found:
-        ids = inputs["input_ids"]
+    answers, places = 0, []
+    for batch in found:
+        inputs, ids = batch.inputs, batch.inputs["input_ids"]
         assert ids.numel() <= tokens or ids.numel() in lengths
         assert inputs["use_cache"] is False and "labels" not in inputs
-        answers += int((labels != -100).sum())
+        answers += batch.tokens
+        places += batch.places[batch.labels != -100].tolist()
+        assert not batch.places[batch.labels == -100].any()
     assert answers == sum(size - 1 for size in lengths)
+    assert places == [place for size in lengths for place in range(1, size)]
