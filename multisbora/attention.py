@@ -46,16 +46,12 @@ def packed_attention(
         query, key, value = query.float(), key.float(), value.float()
     # Some models say None for the layers that see everything, although the module knows of a window.
     window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
-    outputs = []
-    start = 0
-    for length in example_lengths:
-        part = slice(start, start + length)
-        mask = _window(length, window, query.device)
-        output, _ = sdpa_attention_forward(
-            module, query[:, :, part], key[:, :, part], value[:, :, part], mask, **kwargs
-        )
-        outputs.append(output)
-        start += length
+    # Splitting differentiates to one concatenation, slicing to as many whole tensors of zeros as there are examples.
+    parts = zip(*(states.split(example_lengths, dim=2) for states in (query, key, value)), strict=True)
+    outputs = [
+        sdpa_attention_forward(module, *part, _window(length, window, query.device), **kwargs)[0]
+        for length, part in zip(example_lengths, parts, strict=True)
+    ]
     return torch.cat(outputs, dim=1).to(dtype), None
 
 
