@@ -105,7 +105,7 @@ class Culprit:
 
     Attributes:
         on, of: whose rows, and whose update.
-        harm: squared nats a token, see `Effect.harm`.
+        harm: squared nats a row, see `Effect.harm`.
         share: of the harm of all other tasks' updates in all matrices on these rows.
         against_own: the harm as a share of that of the rows' own update, as trained, in this matrix; None where that
             adds nothing.

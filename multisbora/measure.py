@@ -2,7 +2,7 @@
 
 The base is frozen and nobody's adapter is on it. The loss is a sum over answer tokens, so the gradient at a token is
 that of its own row's loss, in whatever batch it stands. The p-th token of an answer counts 1 / p, see
-`probe.opening_loss`; of a text that stands for a task all tokens count alike.
+`probe.opening_loss`; of a text that stands for a task all tokens count alike, each as an answer of its own.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def measure(
                 )
             loss.backward()
     total = sum(len(example.input_ids) for example in examples)
-    sites = {module: found.site(total) for module, found in sums.items()}
+    answers = len(examples) if source == "task" else total
+    sites = {module: found.site(answers) for module, found in sums.items()}
     for module, site in sites.items():
         if not all(np.isfinite(values).all() for values in (site.energy, site.response, site.block)):
             raise DataError(
@@ -227,14 +228,14 @@ class _Sums:
             part = x[:, self.channels] * weights.sqrt()[:, None]  # (tokens, n)
             self.block += part.T @ part
 
-    def site(self, tokens: int) -> Site:
-        """The means."""
+    def site(self, rows: int) -> Site:
+        """The means over rows."""
         block = (self.block + self.block.T) / 2  # a product of matrices rounds both halves in its own way
         return Site(
-            energy=(self.energy / tokens).cpu().numpy().astype(FLOATS),
-            response=(self.response / tokens).cpu().numpy().astype(FLOATS),
+            energy=(self.energy / rows).cpu().numpy().astype(FLOATS),
+            response=(self.response / rows).cpu().numpy().astype(FLOATS),
             channels=self.channels.cpu().numpy().astype(INTS),
-            block=(block / tokens).cpu().numpy().astype(FLOATS),
+            block=(block / rows).cpu().numpy().astype(FLOATS),
         )
 
 

@@ -3,15 +3,16 @@ loudly any update of a matrix would speak on them.
 
 For one matrix, x is what it gets for a token, (in,), and g the gradient of the task's loss at what it puts out, (out,),
 both of the base model alone; in that loss the p-th token of an answer counts 1 / p (`probe.opening_loss`). With
-w = |g|^2 a token, the moments are means over the tokens of a task's rows:
+w = |g|^2 a token, the moments are sums over the tokens of a row, as means over a task's rows:
 
     energy    w x_c^2, for each input channel c
     block     w x_c x_d, for the input channels c and d that somebody claimed
     response  g_o^2, for each output channel o
 
-An update D (out x in) that is zero but for channels of the block moves the output of a token by D x. If the gradient
-pointed everywhere alike, the loss would move by g.(D x), whose mean square is trace(D block D') / out, in squared nats
-a token: `harm`. The weight w is what makes prompt tokens, of which few matter to an answer, count for little.
+An update D (out x in) that is zero but for channels of the block moves the output of a token by D x, and a row's loss
+by the sum of g.(D x). If gradients pointed everywhere alike, and those of a row's tokens each its own way, the mean
+square of that would be trace(D block D') / out, in squared nats a row: `harm`. The weight w is what makes prompt
+tokens, of which few matter to an answer, count for little.
 """
 
 from __future__ import annotations
@@ -299,7 +300,7 @@ def unpack_triangle(packed: bytes, size: int) -> Floats:
 
 
 def harm(values: npt.NDArray[Any], block: Floats) -> float:
-    """trace(B M B') / out: the mean square of what an fa update does to a loss, see above, in squared nats a token.
+    """trace(B M B') / out: the mean square of what an fa update does to a loss, see above, in squared nats a row.
 
     Args:
         values: (out, r), with lambda and scaling in them.

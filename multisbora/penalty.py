@@ -4,7 +4,7 @@ With D = s B what the task adds to a matrix (out x in), and M_i the moments of a
 
     strength * sum over tasks i, sum over matrices, of harm(D, M_i),   harm(D, M) = trace(D M D') / out
 
-in squared nats a token (`moments.harm`). An fa update reads r input channels, so that the (r x r) block of these is all
+in squared nats a row (`moments.harm`). An fa update reads r input channels, so that the (r x r) block of these is all
 of M_i that counts; an fb update has r rows, and each of them reads all input channels. Nobody needs anybody's rows, and
 since the blocks of all tasks come in as their sum M, the gradient is one product a matrix,
 

@@ -63,8 +63,8 @@ class Training(Strict):
             "int8". The base on disk stays what it is.
         max_grad_norm: a step's gradients are scaled down to this norm; .inf leaves them as they are.
         isolate: strength of the penalty on what the update does on other tasks' rows, in nats a squared nat (see
-            `penalty`); 0 trains without. Where a model is about sure of its answers, half a squared nat is what a token
-            of theirs loses, so that 0.5 weighs a nat lost by another task like one of its own. An orientation, no more.
+            `penalty`); 0 trains without. Half a squared nat is about what an answer loses by one matrix alone; what
+            all of them do at once can be as many times that as there are matrices. In docs/composition.md, 30 did well.
         eval_steps: steps from one look at the dev rows to the next, where the recipe has some. The last step has one
             too, and the adapter of the lowest dev loss is what is kept.
         early_stopping_patience: the run stops after so many looks at the dev rows without a lower loss; None never.

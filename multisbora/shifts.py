@@ -81,7 +81,7 @@ class Effect:
     Attributes:
         shift: all tokens weigh the same; energies are squared units of the matrix' output.
         harm: a token weighs |g|^2 / out_features, g being the gradient of its row's `probe.opening_loss` at the output
-            of the matrix, in the base model; energies are `moments.harm`, squared nats a token.
+            of the matrix, in the base model; energies are `moments.harm`, squared nats a row.
     """
 
     shift: Shift
@@ -185,7 +185,8 @@ def observe(model: Any, watches: Mapping[str, Watch], examples: Sequence[Example
         watches: module -> those of its layer.
 
     Returns:
-        {module: (2, tasks, tasks) fp64}, means over the tokens: weighted alike, and by |g|^2 / out_features.
+        {module: (2, tasks, tasks) fp64}, means over the tokens, which weigh the same; and over the rows, of sums over
+        their tokens weighted by |g|^2 / out_features.
     """
     packing = use_packed_attention(model)
     try:
@@ -198,8 +199,8 @@ def observe(model: Any, watches: Mapping[str, Watch], examples: Sequence[Example
     finally:
         if packing:
             model.set_attn_implementation("sdpa")
-    tokens = sum(len(example.input_ids) for example in examples)
-    return {name: total.double().cpu().numpy() / tokens for name, total in sums.items()}
+    counts = np.array([sum(len(example.input_ids) for example in examples), len(examples)])[:, None, None]
+    return {name: total.double().cpu().numpy() / counts for name, total in sums.items()}
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,6 +50,9 @@ FAMILIES = {arm.kind: arm for arm in (FA, FB, LORA, OSRM, LORI_DENSE, LORI)}  # 
 ONE, BY_TASK, BY_MATRIX, GRID = "lambda 1", "tuned by task", "tuned by matrix", "grid"
 CORRECTED, CORRECTED_TUNED = "corrected", "corrected, tuned by task"
 TUNINGS = {BY_TASK: "task", BY_MATRIX: "matrix", CORRECTED_TUNED: "task"}
+# One lambda for all that needs no rows, by how many tasks there are.
+ROOT, MEAN = "lambda 1/sqrt(tasks)", "lambda 1/tasks"
+EVEN: Mapping[str, Callable[[int], float]] = {ONE: lambda n: 1.0, ROOT: lambda n: n**-0.5, MEAN: lambda n: 1 / n}
 FIRST = (ONE, BY_TASK, BY_MATRIX)
 SOLVED = (CORRECTED, CORRECTED_TUNED)
 SUMS = ("cat", f"cat {GRID}")
@@ -59,19 +62,24 @@ GRID_OF = {"svd": "cat"}  # it cuts off what is left of that sum: lambdas are ch
 Wave = tuple[Arm, tuple[str, ...]]
 WAVES: tuple[Wave, ...] = (
     (FA, FIRST),
+    (FA_BOTH, FIRST),
     (LORA, SUMS),
     (FA_ISOLATED, FIRST),
     (FA_QUIET, FIRST),
-    (FA_BOTH, FIRST),
-    *((arm, SOLVED) for arm in (FA, FA_ISOLATED, FA_QUIET, FA_BOTH)),
-    (JOINT, (ONE,)),
+    (FA_BOTH, (*SOLVED, ROOT, MEAN)),
+    (LORA, OTHERS),
     (OVERLAP, (ONE, GRID)),
-    (LORA, tuple(how + more for more in ("", f" {GRID}") for how in OTHERS)),
-    (LORA, ("ties_svd",)),
-    *((arm, FIRST + SOLVED) for arm in (FB, FB_ISOLATED, FB_QUIET, FB_BOTH)),
+    (JOINT, (ONE,)),
+    (FB, FIRST),
+    (FB_BOTH, FIRST),
     (OSRM, SUMS),
-    (LORI_DENSE, SUMS),
     (LORI, SUMS),
+    (FA, (*SOLVED, ROOT, MEAN)),
+    (LORA, tuple(f"{how} {GRID}" for how in OTHERS)),
+    *((arm, SOLVED) for arm in (FA_ISOLATED, FA_QUIET, FB, FB_BOTH)),
+    *((arm, FIRST + SOLVED) for arm in (FB_ISOLATED, FB_QUIET)),
+    (LORI_DENSE, SUMS),
+    (LORA, ("ties_svd",)),
     (FA, (GRID,)),
 )
 HEADLINE = (FA_BOTH, BY_MATRIX)
@@ -301,6 +309,8 @@ class Plan:
             needs += (self.moments(cell.arm, EIGHT if len(cell.tasks) > 2 else PAIR, cell.seed),)
         elif cell.arm.ours:
             spec["how"] = "live"
+            if cell.how in EVEN and cell.how != ONE:
+                spec["weight"] = EVEN[cell.how](len(cell.tasks))
         needs += () if chosen is None else (chosen,)
         return Run("mix", f"{cell.arm.name} {cell.how} {len(cell.tasks)}t s{cell.seed}", spec, needs)
 

@@ -163,8 +163,8 @@ class Steps:
         """The adapters of a composition, and its lambdas."""
         trainings = [need for need in run.needs if need.kind == "train"]
         chosen = [need for need in run.needs if need.kind in ("tune", "grid")]
-        ones: dict[str, Any] = {need.spec["task"]: 1.0 for need in trainings}
-        return trainings, (self.store.result(chosen[0])["weights"] if chosen else ones)
+        even: dict[str, Any] = {need.spec["task"]: run.spec.get("weight", 1.0) for need in trainings}
+        return trainings, (self.store.result(chosen[0])["weights"] if chosen else even)
 
     def _loss(
         self,

@@ -139,7 +139,7 @@ def keep(seen: dict[str, Any], name: str, layer: Any, inputs: Any, output: torch
 
 
 def by_hand(case: Case, lambdas: Mapping[str, TaskWeight]) -> dict[str, tuple[Shift, Shift]]:
-    """{module: (all tokens alike, weighted by |g|^2 / out)}: a row at a time, with dense updates, in fp64."""
+    """{module: (a token, all alike; a row, weighted by |g|^2 / out)}: a row at a time, with dense updates, in fp64."""
     model = load_base(case.base).double()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and name != "lm_head"}
     tasks = list(TASKS)
@@ -162,7 +162,8 @@ def by_hand(case: Case, lambdas: Mapping[str, TaskWeight]) -> dict[str, tuple[Sh
                 for place, weights in enumerate((np.ones_like(loud), loud)):
                     sums[name][place, i] += np.einsum("jto,kto,t->jk", shifts, shifts, weights)
         for total in sums.values():
-            total[:, i] /= tokens
+            total[0, i] /= tokens
+            total[1, i] /= len(case.examples(task))
     found = {}
     for name, total in sums.items():
         scale = np.array([lambdas[task].at(name) for task in tasks])
