@@ -56,7 +56,8 @@ def allocate_tasks(
     """Claims for tasks in the project's composition, or for the tasks of several compositions.
 
     Isolated indices need moments of the tasks. Those that nobody measured are measured now, after it is clear that the
-    tasks fit, from the rows of their recipes.
+    tasks fit, from the rows of their recipes. Once indices are given out, tasks whose rows are here are measured at
+    them: training isolates tasks by that.
 
     Raises:
         DataError: moments of another base model; or of a task that is there already none, and its rows are not here.
@@ -80,11 +81,17 @@ def allocate_tasks(
             project, dry_run, lambda registry: allocate(registry, geometry, tasks, dry_run=dry_run, **settings)
         )
 
-    if project.strategy == "isolated":
+    moments = None
+    if project.strategy != "random":
         asked = compositions if compositions is not None else {project.composition: names}
         moments = _find_moments(project, asked, write(dry_run=True).moved, dry_run, say, quiet)
-        settings |= {"strategy": project.strategy, "moments": moments}
-    return write(dry_run)
+    if moments is None:
+        return write(dry_run)
+    settings |= {"strategy": "isolated", "moments": moments}
+    found = write(dry_run)
+    if moments and not dry_run:
+        _measure_again(project, found, moments, say, quiet)
+    return found
 
 
 def _find_moments(
@@ -94,7 +101,7 @@ def _find_moments(
     dry_run: bool,
     say: Say,
     quiet: Callable[[], None],
-) -> dict[str, Moments]:
+) -> dict[str, Moments] | None:
     """What was measured of any task; of those that get indices now, and of those that these meet, it is if need be.
 
     Args:
@@ -102,7 +109,8 @@ def _find_moments(
         moved: tasks that will be given other indices than they hold.
 
     Returns:
-        {} where nobody gets any: no moments are read then.
+        {} where nobody gets any: no moments are read then. None where some are missing and the project leaves it open
+        how indices are chosen.
     """
     model = project.model_name
     registry = existing(project)
@@ -112,7 +120,7 @@ def _find_moments(
         members = {name: {*asked.get(name, ()), *there.get(name, ())} for name in (*asked, *there)}
         new = {task for tasks in asked.values() for task in tasks} - held | set(moved)
         kept = {task for tasks in asked.values() for task in tasks} - new
-        if registry and kept:
+        if registry and kept and project.strategy == "isolated":
             _say_what_is_kept(registry, model, kept, say)
         if not new:
             return {}
@@ -124,6 +132,14 @@ def _find_moments(
     found = {task: moments for task, moments in known.items() if moments is not None}
     needed = new.union(*(tasks for tasks in members.values() if not tasks.isdisjoint(new)))
     missing = sorted(needed - found.keys())
+    if missing and project.strategy == "auto":
+        if len(needed) > 1:
+            say(
+                f"indices are drawn at random, since {', '.join(missing)} were not measured: `multisbora measure "
+                f"--tasks {','.join(missing)}` first, or --strategy isolated, and they are chosen so that tasks stay "
+                "out of each other's way"
+            )
+        return None
     absent = [task for task in missing if task not in recipe_names(Path(project.recipes))]
     if absent:
         raise DataError(
@@ -146,6 +162,28 @@ def _find_moments(
             say(f"task {task} was measured on another base model: no room is left for it")
             del found[task]
     return found
+
+
+def _measure_again(
+    project: Project, found: Allocation, moments: Mapping[str, Moments], say: Say, quiet: Callable[[], None]
+) -> None:
+    """Measure tasks at the channels that were given out, of which nothing was known before."""
+    with Registry.open(project.registry) as registry, registry.reading() as reader:
+        there = reader.compositions(project.model_name)
+        holdings = {holding.task for holding in reader.holdings(project.model_name)}
+    met = {task for tasks in there.values() if not found.tasks.keys().isdisjoint(tasks) for task in tasks} & holdings
+    recipes = recipe_names(Path(project.recipes))
+    here = sorted(task for task in met & moments.keys() if moments[task].source == "task" and task in recipes)
+    if away := sorted(met - set(here)):
+        say(
+            f"run multisbora measure --tasks {','.join(away)} where their rows are: until then nobody is isolated from "
+            "them in training"
+        )
+    if len(met) > 1 and here:
+        say(f"measuring {', '.join(here)} at the channels that were given out")
+        for rows in sorted({moments[task].rows for task in here}):
+            same = [task for task in here if moments[task].rows == rows]
+            measure_tasks(project, same, rows, None, False, say, quiet)
 
 
 def _say_what_is_kept(registry: Registry, model: str, tasks: Collection[str], say: Say) -> None:

@@ -137,7 +137,11 @@ def allocate(
     ] = False,
     strategy: Annotated[
         str | None,
-        typer.Option("--strategy", help="random, or isolated: channels that suit a task's rows and not the others'."),
+        typer.Option(
+            "--strategy",
+            help="isolated: channels that suit a task's rows and not the others'; random; or auto, which is isolated "
+            "where all were measured, and the default.",
+        ),
     ] = None,
     as_json: Json = False,
     dry_run: DryRun = False,

@@ -31,7 +31,7 @@ def train(
             "--isolate",
             metavar="STRENGTH",
             help="Keep the update quiet on the rows of the other tasks of its compositions, which `multisbora measure` "
-            "has to have looked at: 0.5 weighs a nat that they lose about like one of its own; 0 is off.",
+            "has to have looked at. 1000 if not given, for the tasks that were measured; 0 is off.",
         ),
     ] = None,
     composition: Composition = None,

@@ -192,10 +192,15 @@ def _place(
     share = sum(int(node["CPU"]) for node in usable) // len(jobs)
     cpus = 1 if gpus else max(1, min(share, *(int(node["CPU"]) for node in usable)))
     say("predicting the memory of each task on a model without weights: up to a minute")
+    with required(project) as registry:
+        measured = bool(registry.measured(project.model_name))
     known: dict[Any, int] = {}
     placed = []
     for job in jobs:
-        needed = _memory(project, claims[job.task], recipes[job.task].training, on_gpu=bool(gpus), known=known, say=say)
+        held, training = claims[job.task], recipes[job.task].training
+        needed = _memory(project, held, training, on_gpu=bool(gpus), known=known, say=say)
+        if training.isolate or (training.isolate is None and measured):
+            needed += _penalty(held, project.base_geometry(project.base()))
         placed.append(replace(job, cpus=cpus, gpus=gpus, memory=needed))
     largest = int(max(node.get("memory", 0) for node in usable))
     if unfit := [job for job in placed if job.memory > largest]:
@@ -242,7 +247,7 @@ def _memory(
         else:
             spared = _spared(geometry, training.quantization, peak.base) if not on_gpu else 0
             known[key] = (peak.base if on_gpu else peak.peak - spared) + LIBRARY_BYTES
-    return known[key] + (_penalty(claims, geometry) if training.isolate else 0)
+    return known[key]
 
 
 def _penalty(claims: TaskClaims, geometry: Geometry) -> int:

@@ -235,7 +235,7 @@ def train_task(
         if is_first() and not dry_run:
             _tell_trained(project, claims, output, say)
         return done
-    penalty = _penalty(project, claims) if recipe.training.isolate else None
+    penalty = None if recipe.training.isolate == 0 else _penalty(project, claims, recipe, say)
     base = project.base(say)
     from .train import train
 
@@ -266,20 +266,24 @@ def train_task(
     return found
 
 
-def _penalty(project: Project, claims: TaskClaims) -> Penalty:
+def _penalty(project: Project, claims: TaskClaims, recipe: Recipe, say: Say) -> Penalty | None:
     """What isolates a task from all others that share a composition with it.
 
+    Where the recipe leaves open whether it is, those that were measured do; None where none was.
+
     Raises:
-        DataError: some of them were not measured, or not since claims changed.
-        UsageError: there are no others.
+        DataError: the recipe asks for it, and some of them were not measured, or not since claims changed.
+        UsageError: it asks for it, and there are no others.
     """
     model, task = claims.model, claims.task
+    left_out: list[str] = []
     with required(project, task) as registry:
         with registry.reading() as reader:
             met = [tasks for tasks in reader.compositions(model).values() if task in tasks]
         others = sorted({other for tasks in met for other in tasks} - {task})
         known = registry.measured(model)
         missing = [other for other in others if other not in known]
+        from .penalty import Penalty
 
         def measured(other: str) -> Moments:
             found = None if missing else registry.moments(model, other)
@@ -290,9 +294,16 @@ def _penalty(project: Project, claims: TaskClaims) -> Penalty:
                 )
             return found
 
-        from .penalty import Penalty
-
-        return Penalty.of(claims, map(measured, others))
+        if recipe.training.isolate is not None:
+            return Penalty.of(claims, map(measured, others))
+        found = (registry.moments(model, other) for other in others if other not in missing)
+        penalty = Penalty.gather(claims, (moments for moments in found if moments is not None), left_out.append)
+    if penalty is not None:
+        left_out += [f"the rows of {', '.join(missing)} were not measured"] if missing else []
+        say(f"isolated from {', '.join(penalty.tasks)}" + "".join(f"; not so from others: {why}" for why in left_out))
+    elif left_out:
+        say(f"trained without isolation: {'; '.join(left_out)}")
+    return penalty
 
 
 def _done(output: Path, claims: TaskClaims) -> TrainResult | None:

@@ -2,13 +2,15 @@
 
 With D = s B what the task adds to a matrix (out x in), and M_i the moments of another task's rows there, the penalty is
 
-    strength * sum over tasks i, sum over matrices, of harm(D, M_i),   harm(D, M) = trace(D M D') / out
+    strength / tokens * sum over tasks i, sum over matrices, of harm(D, M_i),   harm(D, M) = trace(D M D') / out
 
-in squared nats a row (`moments.harm`). An fa update reads r input channels, so that the (r x r) block of these is all
-of M_i that counts; an fb update has r rows, and each of them reads all input channels. Nobody needs anybody's rows, and
-since the blocks of all tasks come in as their sum M, the gradient is one product a matrix,
+with harm in squared nats a row (`moments.harm`), and tokens the answer tokens that a row of the task itself has in the
+mean: its loss is one of answer tokens, and so a row of others is weighed against a row of its own. An fa update reads r
+input channels, so that the (r x r) block of these is all of M_i that counts; an fb update has r rows, and each of them
+reads all input channels. Nobody needs anybody's rows, and since the blocks of all tasks come in as their sum M, the
+gradient is one product a matrix,
 
-    d penalty / d B = 2 strength s^2 B M / out
+    d penalty / d B = 2 strength / tokens s^2 B M / out
 
 which is added to that of the loss when backward is done. The forward knows nothing of it.
 """
@@ -17,21 +19,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
-from .errors import DataError, UsageError
+from .errors import DataError, TrainingError, UsageError
 from .geometry import Names
 from .moments import Floats, Moments
 from .recipe import Recipe
 from .region import Region
 from .registry.claims import TaskClaims
 from .sharding import add_up, local
+
+STRENGTH = 1000.0  # where a recipe does not say: see docs/composition.md
+_HEAD = "multisbora_penalty"
+_KEPT = ("task", "base_fingerprint", "geometry_digest", "rows", "tokens", "source")  # of other tasks' moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,27 @@ class Penalty:
             UsageError: there are none, or the task's own are among them.
             DataError: they are of another geometry, or lack a matrix or channels of the claims.
         """
+        found = cls.gather(claims, others, None)
+        if found is None:
+            raise UsageError(
+                f"task {claims.task} shares no composition with another task, so there is nobody to isolate it from: "
+                "allocate the others first, or set training.isolate to 0"
+            )
+        return found
+
+    @classmethod
+    def gather(
+        cls, claims: TaskClaims, others: Iterable[Moments], on_lacking: Callable[[str], object] | None
+    ) -> Penalty | None:
+        """The same of those that there are; None where there are none.
+
+        Args:
+            on_lacking: told of moments that lack a matrix or channels of the claims, which are then passed over; None
+                lets nothing be passed over.
+
+        Raises:
+            UsageError, DataError: as `of`.
+        """
         heads: list[Moments] = []
         blocks: dict[str, Floats] = {}
         for moments in others:
@@ -70,19 +100,22 @@ class Penalty:
                     f"the moments of task {moments.task} are of another geometry than the claims of {claims.task}: "
                     f"run multisbora measure --tasks {moments.task} on this model"
                 )
-            for module, region in claims.regions.items():
-                block = _block(moments, module, region)
+            try:
+                found = {module: _block(moments, module, region) for module, region in claims.regions.items()}
+            except DataError as error:
+                if on_lacking is None:
+                    raise
+                on_lacking(str(error))
+                continue
+            for module, block in found.items():
                 if heads:
                     blocks[module] += block
                 else:
                     blocks[module] = block.copy()
             heads.append(replace(moments, sites={}))
-            del moments, block  # before the next one's are read
+            del moments, found, block  # before the next one's are read
         if not heads:
-            raise UsageError(
-                f"task {claims.task} shares no composition with another task, so there is nobody to isolate it from: "
-                "allocate the others first, or set training.isolate to 0"
-            )
+            return None
         for module, region in claims.regions.items():
             block = blocks[module]
             if region.variant == "fb":  # there the values are zero and have to stay so
@@ -103,6 +136,30 @@ class Penalty:
         for moments in self.others:
             moments.check_base(base_fingerprint)
 
+    def write(self, path: Path) -> None:
+        """Keep it in a safetensors file, for a run that may be interrupted: moments may be measured anew meanwhile."""
+        heads = [{key: getattr(moments, key) for key in _KEPT} for moments in self.others]
+        head = {"claim_digest": self.claim_digest, "others": heads}
+        save_file(
+            {name: np.ascontiguousarray(block) for name, block in self.blocks.items()}, path, {_HEAD: json.dumps(head)}
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Penalty:
+        """What `write` kept.
+
+        Raises:
+            TrainingError: the file is damaged.
+        """
+        try:
+            with safe_open(path, framework="np") as file:
+                head = json.loads((file.metadata() or {})[_HEAD])
+                blocks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            others = tuple(Moments(**moments, sites={}) for moments in head["others"])
+            return cls(head["claim_digest"], others, blocks)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, DataError) as error:
+            raise TrainingError(f"{path} is damaged ({error}): delete its folder to start anew") from None
+
     @property
     def tasks(self) -> list[str]:
         return [moments.task for moments in self.others]
@@ -117,13 +174,15 @@ class Penalty:
         return found.hexdigest()
 
 
-def check_penalty(recipe: Recipe, penalty: Penalty | None) -> None:
-    """Refuse a strength without a penalty, and a penalty without a strength.
+def strength_of(recipe: Recipe, penalty: Penalty | None) -> float:
+    """The strength of a run's penalty: where the recipe leaves it open, `STRENGTH` if there is a penalty, and else 0.
 
     Raises:
-        UsageError: there is one without the other.
+        UsageError: there is a strength without a penalty, or a penalty without a strength.
     """
     strength = recipe.training.isolate
+    if strength is None:
+        return STRENGTH if penalty is not None else 0.0
     if strength and penalty is None:
         raise UsageError(
             f"recipe {recipe.name}: training.isolate {strength:g} needs the moments of other tasks: make a penalty of "
@@ -131,6 +190,7 @@ def check_penalty(recipe: Recipe, penalty: Penalty | None) -> None:
         )
     if penalty is not None and not strength:
         raise UsageError(f"recipe {recipe.name}: training.isolate is 0, and a penalty was given: set a strength")
+    return strength
 
 
 def _block(moments: Moments, module: str, region: Region) -> Floats:
@@ -156,7 +216,7 @@ class LivePenalty:
     Args:
         model: the PEFT model.
         penalty: of the claims that its active adapter was made of.
-        strength: see `Training.isolate`.
+        strength: `Training.isolate` over the answer tokens of a row.
     """
 
     def __init__(self, model: Any, penalty: Penalty, strength: float) -> None:

@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 import yaml
 from pydantic import Field, field_validator
 
 from . import geometry as geometries
-from .allocator import DEFAULT_TARGETS, Strategy
+from .allocator import DEFAULT_TARGETS
 from .cards import Card, read_card
 from .errors import UsageError
 from .geometry import Geometry
@@ -34,7 +34,8 @@ class Project(Strict):
             left out: the hub id, as its geometry card spells it, or the folder's name.
         registry: database URL of the registry; a relative SQLite path is relative to the working folder.
         targets: target modules of tasks whose recipe names none.
-        strategy: how `allocate` chooses indices, see there.
+        strategy: how `allocate` chooses indices, see there; "auto" is "isolated" where all tasks that meet were
+            measured, and else "random".
     """
 
     model: str
@@ -47,7 +48,7 @@ class Project(Strict):
     use_rslora: bool = False
     targets: tuple[str, ...] | str = DEFAULT_TARGETS
     seed: int = 0
-    strategy: Strategy = "random"
+    strategy: Literal["auto", "random", "isolated"] = "auto"
     recipes: str = "tasks"
     adapters: str = "adapters"
 

@@ -62,9 +62,10 @@ class Training(Strict):
         quantization: train on a base quantised by bitsandbytes (QSBoRA): "nf4", 4-bit with double quantisation, or
             "int8". The base on disk stays what it is.
         max_grad_norm: a step's gradients are scaled down to this norm; .inf leaves them as they are.
-        isolate: strength of the penalty on what the update does on other tasks' rows, in nats a squared nat (see
-            `penalty`); 0 trains without. Half a squared nat is about what an answer loses by one matrix alone; what
-            all of them do at once can be as many times that as there are matrices. In docs/composition.md, 30 did well.
+        isolate: strength of the penalty on what the update does on other tasks' rows: nats of an own row that a
+            squared nat of theirs counts as (see `penalty`); 0 trains without. Left out: `penalty.STRENGTH` where the
+            other tasks were measured, and else 0. Half a squared nat is about what an answer loses by one matrix alone;
+            what all of them do at once can be as many times that as there are matrices.
         eval_steps: steps from one look at the dev rows to the next, where the recipe has some. The last step has one
             too, and the adapter of the lowest dev loss is what is kept.
         early_stopping_patience: the run stops after so many looks at the dev rows without a lower loss; None never.
@@ -80,7 +81,7 @@ class Training(Strict):
     lr_scheduler: str = "linear"
     warmup_steps: int = Field(default=100, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    isolate: float = Field(default=0.0, ge=0)
+    isolate: float | None = Field(default=None, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=True)
     optimizer: str = "adamw_torch_fused"
     dropout: float = Field(default=0.0, ge=0, lt=1)

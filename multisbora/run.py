@@ -16,6 +16,7 @@ from .adapter import CONFIG_FILE
 from .errors import TrainingError
 
 RUN_FILE = "run.json"
+ISOLATION_FILE = "isolation.safetensors"  # what the run is isolated from, see `penalty`
 LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 _MACHINE = "machine"

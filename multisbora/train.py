@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
@@ -25,12 +25,12 @@ from .distributed import Processes, hush
 from .errors import DataError, TrainingError, UsageError
 from .geometry import Geometry, from_checkpoint
 from .loading import load_base, load_config, load_tokenizer
-from .penalty import Penalty, check_penalty
+from .penalty import Penalty, strength_of
 from .publish import check_output, publish
 from .quantization import record, widen
 from .recipe import Recipe
 from .registry.claims import TaskClaims
-from .run import METRICS_FILE, enter_run, hold_run, keep_machine, remove_run
+from .run import ISOLATION_FILE, METRICS_FILE, enter_run, hold_run, keep_machine, last_checkpoint, remove_run
 from .sharding import whole_adapter
 from .stream import fingerprint
 from .trainer import TaskTrainer, checkpoint_files
@@ -102,8 +102,8 @@ def train(
         alpha, use_rslora: scaling, see SboraConfig.
         geometry: of the base, where it is known already.
         deepspeed: a DeepSpeed config file.
-        penalty: what isolates the task from others, `Penalty.of(claims, moments)`: where the recipe's
-            `training.isolate` is above 0, and only there.
+        penalty: what isolates the task from others, `Penalty.of(claims, moments)`: needed where the recipe's
+            `training.isolate` is above 0, refused where it is 0. A run that goes on takes the one it began with.
         dry_run: check base, claims and data, and return the steps and tokens of the run to come without starting it.
         say: told what a person should know on the way.
         on_start: called once, in process 0, when everything is checked and the run begins or goes on.
@@ -120,7 +120,10 @@ def train(
     base, output = Path(base), Path(output)
     processes = Processes.promised(deepspeed=deepspeed)
     processes.check_recipe(recipe.training)
-    check_penalty(recipe, penalty)
+    if penalty is not None and recipe.training.isolate is None and processes.parallelism == "deepspeed":
+        say("DeepSpeed takes its step within backward, so that no penalty can be added: training without")
+        penalty = None
+    strength_of(recipe, penalty)
     if not processes.first:
         say = hush
     if not dry_run:
@@ -179,6 +182,16 @@ def _run(
     processes: Processes,
     say: Callable[[str], None],
 ) -> TrainResult:
+    with processes.agree():
+        begun = _begun(run, checkpoint_files(processes)) if processes.first else None
+    begun = processes.tell(begun)
+    with processes.agree():
+        if begun == "isolated":
+            penalty = Penalty.read(run / ISOLATION_FILE)
+        elif begun == "plain" and recipe.training.isolate is None:
+            penalty = None
+        training = recipe.training.model_copy(update={"isolate": strength_of(recipe, penalty)})
+        recipe = recipe.model_copy(update={"training": training})
     settings = {
         "recipe": _effective(recipe.model_dump(mode="json")),
         "train_digest": data.train.digest,
@@ -197,6 +210,10 @@ def _run(
             if published is None:
                 check_output(output)
                 checkpoint = enter_run(run, settings, checkpoint_files(processes), say)
+                if checkpoint is None:
+                    (run / ISOLATION_FILE).unlink(missing_ok=True)
+                    if penalty is not None:
+                        penalty.write(run / ISOLATION_FILE)
     published = processes.tell(published)
     if published is not None:
         return published
@@ -264,6 +281,13 @@ def _run(
             summary |= {} if penalty is None else {"isolated_from": penalty.tasks}
             _publish(model, state, claims.model, run, output, summary, result, data)
     return result
+
+
+def _begun(run: Path, files: list[str]) -> Literal["isolated", "plain"] | None:
+    """How a run that goes on was begun; None where there is none."""
+    if last_checkpoint(run, files) is None:
+        return None
+    return "isolated" if (run / ISOLATION_FILE).is_file() else "plain"
 
 
 def _effective(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from .dataset import Example, pack, pad
 from .distributed import Processes, StepBatches, use_cpu
 from .errors import TrainingError, UsageError
 from .metrics import Metrics
-from .penalty import LivePenalty, Penalty
+from .penalty import LivePenalty, Penalty, strength_of
 from .recipe import Recipe
 from .run import METRICS_FILE
 from .sharding import local, spread_adapter, spread_optimizer, whole, whole_adapter
@@ -67,7 +67,10 @@ class TaskTrainer(Trainer):
         self._pad_id = model.config.get_text_config().pad_token_id or 0
         self._tokens = 0
         self._losses: list[tuple[Tensor, list[int]]] = []  # of the micro-batches of this step, with their rows
-        self._penalty = None if penalty is None else LivePenalty(model, penalty, recipe.training.isolate)
+        self._penalty = None
+        if penalty is not None:  # what harms a row is weighed against a row, and the loss is one of answer tokens
+            answers = sum(len(example.input_ids) - example.answer_start for example in train) / len(train)
+            self._penalty = LivePenalty(model, penalty, strength_of(recipe, penalty) / answers)
         # Whole batches of similar length waste least where they have to be padded.
         self._dev = sorted(dev or [], key=lambda example: len(example.input_ids))
         super().__init__(

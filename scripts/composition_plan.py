@@ -9,6 +9,8 @@ from typing import Any
 from composition_runs import Run, Store
 from composition_tasks import EIGHT, MERGES, PAIR, Sizes, joint
 
+from multisbora.penalty import STRENGTH
+
 SECTIONS = {"pair": 2, "seeds": 2, "eight": 8, "four": 4, "scores": 2}
 
 
@@ -118,7 +120,7 @@ class Setup:
     many: Mapping[str, int]
     rates: tuple[float, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
-    isolate: float = 30.0
+    isolate: float = STRENGTH
     looked: int = 128
     tuned: int = 128
     tune_steps: int = 32

@@ -37,6 +37,7 @@ from figures import add_output_options, finish
 from multisbora.allocator import DEFAULT_TARGETS
 from multisbora.geometry import Geometry, from_checkpoint
 from multisbora.hub import find_base
+from multisbora.penalty import STRENGTH
 from multisbora.stream import fingerprint
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rank", type=int, help="of fa; the others' follow from it (default: 64)")
     add("--rates", type=_numbers, metavar="A,B", help="learning rates to try (default: 5e-4,1e-3,2e-3)")
     add("--seeds", type=_whole, metavar="A,B", help="of the merges of 2; others take the first (default: 0,1,2)")
-    add("--isolate", type=float, default=30.0, help="strength of the penalty (default: 30)")
+    add("--isolate", type=float, default=STRENGTH, help=f"strength of the penalty (default: {STRENGTH:g})")
     sizes = Sizes()
     add("--steps", type=int, help=f"of a training (default: {sizes.steps})")
     add("--batch", type=int, help=f"rows of a step (default: {sizes.batch})")

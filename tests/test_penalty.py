@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 from multisbora import SboraConfig
 from multisbora.adapter import Adapter
 from multisbora.allocator import allocate
-from multisbora.errors import DataError, UsageError
+from multisbora.errors import DataError, TrainingError, UsageError
 from multisbora.geometry import Geometry, from_checkpoint
 from multisbora.moments import Moments, harm
-from multisbora.penalty import LivePenalty, Penalty, check_penalty
+from multisbora.penalty import STRENGTH, LivePenalty, Penalty, strength_of
 from multisbora.project import Project
 from multisbora.recipe import Recipe
 from multisbora.region import own_axis
@@ -253,15 +253,35 @@ def test_another_base_or_other_claims(llama: Base) -> None:
 
 
 def test_a_strength_and_a_penalty_go_together(llama: Base) -> None:
-    def recipe(isolate: float) -> Recipe:
+    def recipe(isolate: float | None) -> Recipe:
         content = {"name": "toy", "prompt": "{q}", "train": "x.json", "eval": {"data": "y.json", "metric": "number"}}
         return Recipe.model_validate(content | {"training": {"isolate": isolate}})
 
     penalty = Penalty.of(llama.claims["fa"], llama.others)
-    check_penalty(recipe(0), None)
-    check_penalty(recipe(0.1), penalty)
-    refused(lambda: check_penalty(recipe(0.1), None), UsageError, "training.isolate 0.1 needs the moments")
-    refused(lambda: check_penalty(recipe(0), penalty), UsageError, "training.isolate is 0, and a penalty was given")
+    assert strength_of(recipe(0), None) == strength_of(recipe(None), None) == 0
+    assert strength_of(recipe(0.1), penalty) == 0.1 and strength_of(recipe(None), penalty) == STRENGTH
+    refused(lambda: strength_of(recipe(0.1), None), UsageError, "training.isolate 0.1 needs the moments")
+    refused(lambda: strength_of(recipe(0), penalty), UsageError, "training.isolate is 0, and a penalty was given")
+
+
+def test_a_penalty_that_was_kept(llama: Base, tmp_path: Path) -> None:
+    penalty = Penalty.of(llama.claims["fb"], llama.others)
+    penalty.write(tmp_path / "kept.safetensors")
+    found = Penalty.read(tmp_path / "kept.safetensors")
+    assert (found.claim_digest, found.others, found.digest) == (penalty.claim_digest, penalty.others, penalty.digest)
+    content = (tmp_path / "kept.safetensors").read_bytes()
+    for damaged in (b"", content[:-9], content.replace(b"claim_digest", b"claim_digits")):
+        (tmp_path / "kept.safetensors").write_bytes(damaged)
+        refused(lambda: Penalty.read(tmp_path / "kept.safetensors"), TrainingError, "kept.safetensors is damaged")
+
+
+def test_moments_that_lack_something_are_passed_over(llama: Base) -> None:
+    claims, (one, two) = llama.claims["fa"], llama.others
+    lacking: list[str] = []
+    found = Penalty.gather(claims, [replace(one, task="late", sites={}), two], lacking.append)
+    assert found is not None and found.digest == Penalty.of(claims, [two]).digest and found.tasks == [two.task]
+    assert len(lacking) == 1 and "task late lack the matrix" in lacking[0]
+    assert Penalty.gather(claims, [], lacking.append) is None
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -294,6 +314,31 @@ def test_train_isolated(project: Path, run: Run) -> None:
     assert lines[-1]["isolation"] == pytest.approx(20 * wanted, rel=1e-4) and wanted > 0
     # Rows of a task itself say nothing of its crosstalk.
     assert_refused(run("train", "--task", "doubling", "--isolate", "1"), 1, "from adding, whose rows nobody")
+
+
+def test_isolated_where_the_others_were_measured(project: Path, run: Run) -> None:
+    """Nobody has to ask for it, and who does not want it says 0."""
+    recipe = Path("tasks/doubling.yaml").read_text()
+    Path("tasks/appending.yaml").write_text(recipe.replace("name: doubling", "name: appending"))
+    assert run("allocate", "--tasks", "adding,doubling,appending", "--strategy", "random").code == 0
+    dry = ("train", "--task", "adding", "--dry-run")
+    assert "solat" not in run(*dry).err
+    assert run("measure", "--tasks", "doubling").code == 0
+    assert "isolated from doubling; not so from others: the rows of appending were not measured" in run(*dry).err
+    assert "solat" not in run(*dry, "--isolate", "0").err
+    assert run("measure", "--tasks", "appending").code == 0
+    done = run("train", "--task", "adding")
+    assert done.code == 0 and "isolated from appending, doubling\n" in done.err
+    kept = json.loads(Path("adapters/adding/training.json").read_text())
+    assert (kept["recipe"]["training"]["isolate"], kept["isolated_from"]) == (STRENGTH, ["appending", "doubling"])
+
+
+def test_what_lacks_channels_isolates_from_nobody(project: Path, run: Run) -> None:
+    run("allocate", "--tasks", "doubling")
+    run("measure", "--tasks", "doubling")
+    run("allocate", "--tasks", "adding", "--strategy", "random")
+    done = run("train", "--task", "adding", "--dry-run")
+    assert done.code == 0 and "trained without isolation: the moments of task doubling lack" in done.err
 
 
 def test_channels_that_were_claimed_since(project: Path, run: Run) -> None:

@@ -27,7 +27,7 @@ from multisbora.dataset import encode, pack
 from multisbora.errors import CheckpointError, DataError, MultisboraError, TrainingError, UsageError
 from multisbora.geometry import Geometry, from_checkpoint
 from multisbora.loading import load_model
-from multisbora.penalty import Penalty
+from multisbora.penalty import STRENGTH, Penalty
 from multisbora.recipe import Recipe
 from multisbora.registry import Registry
 from multisbora.registry.claims import TaskClaims
@@ -505,21 +505,38 @@ def test_an_isolated_run_goes_on_with_the_same_moments_alone(llama: Base, recipe
     train(isolated, llama.folder, claims, tmp_path / "whole", penalty=penalty)
     interrupted(5, isolated, llama.folder, claims, tmp_path / "a", penalty=penalty)
     for strength, other, words in (
-        (0.01, penalty_of(llama, "fa", seed=2), ("isolation_digest was",)),
         (0.02, penalty, ("recipe.training.isolate was 0.01, is 0.02",)),
-        (0.0, None, ("isolation_digest was", "recipe.training.isolate was 0.01, is None")),
+        (0.0, None, ("training.isolate is 0, and a penalty was given",)),
     ):
         changed = recipe(training={"isolate": strength})
-        with pytest.raises(TrainingError) as caught:
+        with pytest.raises((TrainingError, UsageError)) as caught:
             train(changed, llama.folder, claims, tmp_path / "a", penalty=other)
         assert all(word in str(caught.value) for word in words)
     said: list[str] = []
-    train(isolated, llama.folder, claims, tmp_path / "a", penalty=penalty, say=said.append)
+    anew = penalty_of(llama, "fa", seed=2)  # measured again meanwhile: of no account to a run that has begun
+    train(isolated, llama.folder, claims, tmp_path / "a", penalty=anew, say=said.append)
     assert any("going on from" in line and "checkpoint-4" in line for line in said)
     assert weights(tmp_path / "a") == weights(tmp_path / "whole")
     assert [line["isolation"] for line in metrics(tmp_path / "a")] == [
         line["isolation"] for line in metrics(tmp_path / "whole")
     ]
+
+
+def test_a_run_goes_on_as_it_was_begun_where_the_recipe_leaves_it_open(
+    llama: Base, recipe: Any, tmp_path: Path
+) -> None:
+    claims, penalty = llama.claims["fa"], penalty_of(llama, "fa")
+    settings = {"max_steps": 6, "isolate": None}
+    for name, first, then in (("a", penalty, None), ("b", None, penalty)):
+        interrupted(5, recipe(training=settings), llama.folder, claims, tmp_path / name, penalty=first)
+        train(recipe(training=settings), llama.folder, claims, tmp_path / name, penalty=then)
+        train(recipe(training=settings), llama.folder, claims, tmp_path / f"{name}-whole", penalty=first)
+        assert weights(tmp_path / name) == weights(tmp_path / f"{name}-whole")
+        told = json.loads((tmp_path / name / TRAINING_FILE).read_text())
+        assert told["recipe"]["training"]["isolate"] == (STRENGTH if first else 0) and (
+            "isolated_from" in told
+        ) == bool(first)
+    assert weights(tmp_path / "a") != weights(tmp_path / "b")
 
 
 def test_without_isolation_nothing_is_new(llama: Base, recipe: Any, tmp_path: Path) -> None:
@@ -540,7 +557,8 @@ def test_a_penalty_that_does_not_fit(llama: Base, recipe: Any, tmp_path: Path) -
     isolated = recipe(training={"isolate": 0.01})
     given: Any = (llama.folder, claims, tmp_path / "a")
     refused(lambda: train(isolated, *given), UsageError, "training.isolate 0.01 needs the moments of other tasks")
-    refused(lambda: train(recipe(), *given, penalty=penalty), UsageError, "training.isolate is 0")
+    off = recipe(training={"isolate": 0})
+    refused(lambda: train(off, *given, penalty=penalty), UsageError, "training.isolate is 0")
     others = Penalty.of(claims, [draw_moments(llama.geometry, "other")])
     refused(lambda: train(isolated, *given, penalty=others), DataError, "task other were measured on another base")
     fb = penalty_of(llama, "fb")
