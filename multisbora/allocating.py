@@ -155,6 +155,9 @@ def _find_moments(
         base_fingerprint = fingerprint(folder, project.base_geometry(folder))
     else:  # nothing is fetched for this: the weights of a large model are hours away
         base_fingerprint = found[min(new)].base_fingerprint
+    if project.strategy == "auto" and any(found[task].base_fingerprint != base_fingerprint for task in needed):
+        say("indices are drawn at random, since the moments of these tasks are not all of this base model")
+        return None
     for task in sorted(found):
         if task in needed:
             found[task].check_base(base_fingerprint)
@@ -179,11 +182,23 @@ def _measure_again(
             f"run multisbora measure --tasks {','.join(away)} where their rows are: until then nobody is isolated from "
             "them in training"
         )
-    if len(met) > 1 and here:
-        say(f"measuring {', '.join(here)} at the channels that were given out")
-        for rows in sorted({moments[task].rows for task in here}):
-            same = [task for task in here if moments[task].rows == rows]
+    if len(met) > 1 and (lacking := [task for task in here if _lacks(project, task)]):
+        say(f"measuring {', '.join(lacking)} at the channels that were given out")
+        for rows in sorted({moments[task].rows for task in lacking}):
+            same = [task for task in lacking if moments[task].rows == rows]
             measure_tasks(project, same, rows, None, False, say, quiet)
+
+
+def _lacks(project: Project, task: str) -> bool:
+    """Whether a task's moments are not those of all channels at which somebody may ask for them."""
+    from .measure import block_channels
+
+    with Registry.open(project.registry) as registry:
+        moments = registry.moments(project.model_name, task)
+        with registry.reading() as reader:
+            wanted = block_channels(reader, project.model_name, task)
+    sites = {} if moments is None else moments.sites
+    return any(name not in sites or not set(at) <= set(sites[name].channels.tolist()) for name, at in wanted.items())
 
 
 def _say_what_is_kept(registry: Registry, model: str, tasks: Collection[str], say: Say) -> None:

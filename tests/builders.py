@@ -14,8 +14,11 @@ from safetensors.torch import save_file as save_torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from multisbora.dataset import encode, load_rows
 from multisbora.geometry import Geometry
+from multisbora.loading import load_tokenizer
 from multisbora.moments import Moments, Site
+from multisbora.recipe import Recipe
 
 SPECIAL = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
 VOCABULARY = len(SPECIAL) + 256
@@ -171,6 +174,13 @@ def draw_moments(
             block=block[np.ix_(chosen, chosen)],
         )
     return Moments(task, base_fingerprint, geometry.digest, rows=4, tokens=tokens, sites=sites)
+
+
+def answer_tokens(recipe: Recipe, base: Path) -> float:
+    """How many a row has in the mean, all of its rows being training rows."""
+    rows = [row for _, row in load_rows(recipe.train)]
+    examples = encode(recipe, rows, load_tokenizer(base), recipe.training.cutoff).examples
+    return sum(len(example.input_ids) - example.answer_start for example in examples) / len(examples)
 
 
 def tree(folder: str | Path) -> dict[str, bytes]:

@@ -299,9 +299,9 @@ def test_the_command_measures_what_nobody_measured(project: Any, run: Run) -> No
     assert dry.code == 0, dry.err
     assert not (project / "registry").exists() and "measuring adding, doubling" in dry.err
     done = run("allocate", "--tasks", "adding,doubling", "--strategy", "isolated", "--json")
-    assert done.json == dry.json
+    assert done.json == dry.json and "measuring adding, doubling at the channels that were given out" in done.err
     plain = Project.load()
-    assert plain.strategy == "random"
+    assert plain.strategy == "auto"
     events = run("registry", "history", "--task", "adding", "--json").json
     (chosen,) = [event["detail"] for event in events if event["action"] == "choose"]
     assert chosen["strategy"] == "isolated" and chosen["others"] == ["doubling"] and chosen["rows"] > 0
@@ -313,8 +313,33 @@ def test_the_command_measures_what_nobody_measured(project: Any, run: Run) -> No
     assert "measuring" not in anew.err
     assert anew.json["tasks"]["adding"]["regions"].keys() == done.json["tasks"]["adding"]["regions"].keys()
     run("release", "--task", "adding")
-    random = run("allocate", "--tasks", "adding", "--json").json
+    random = run("allocate", "--tasks", "adding", "--strategy", "random", "--json").json
     assert random["tasks"]["adding"] != anew.json["tasks"]["adding"]
+
+
+def test_indices_are_chosen_by_moments_where_they_are_there(project: Any, run: Run) -> None:
+    """Nobody has to ask for it, and nothing is measured that nobody asked to measure."""
+    drawn = run("allocate", "--tasks", "adding,doubling", "--json")
+    assert "drawn at random, since adding, doubling were not measured" in drawn.err and "measuring" not in drawn.err
+    for task in ("adding", "doubling"):
+        run("release", "--task", task)
+        assert run("measure", "--tasks", task).code == 0
+    chosen = run("allocate", "--tasks", "adding,doubling", "--json")
+    assert "random" not in chosen.err and chosen.json["tasks"] != drawn.json["tasks"]
+    assert chosen.json["tasks"] == run("allocate", "--tasks", "adding,doubling", "--json").json["tasks"]
+    dry = run("train", "--task", "adding", "--dry-run")
+    assert dry.code == 0 and "isolated from doubling" in dry.err
+
+
+def test_rows_that_are_elsewhere(project: Any, run: Run) -> None:
+    """Until they are measured again, nobody knows what they send through the channels that were given out."""
+    assert run("measure", "--tasks", "adding,doubling").code == 0
+    assert run("allocate", "--tasks", "doubling").code == 0
+    (project / "tasks" / "doubling.yaml").unlink()
+    done = run("allocate", "--tasks", "adding")
+    assert done.code == 0 and "run multisbora measure --tasks doubling where their rows are" in done.err
+    dry = run("train", "--task", "adding", "--dry-run")
+    assert dry.code == 0 and "trained without isolation: the moments of task doubling lack" in dry.err
 
 
 def test_the_project_can_say_so_once(project: Any, run: Run) -> None:
@@ -361,7 +386,8 @@ def test_moments_of_other_weights_are_refused(project: Any, run: Run, monkeypatc
         1,
         "the moments of task adding were measured on another base model",
     )
-    assert run("allocate", "--tasks", "adding").code == 0  # at random it does not matter
+    drawn = run("allocate", "--tasks", "adding")  # at random it does not matter
+    assert drawn.code == 0 and "drawn at random, since the moments of these tasks are not all of this base" in drawn.err
 
 
 def test_others_that_were_measured_on_other_weights_are_passed_over(

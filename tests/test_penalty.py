@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from builders import draw_moments, tiny_gpt2, tiny_llama
+from builders import answer_tokens, draw_moments, tiny_gpt2, tiny_llama
 from commands import Run, assert_refused, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +25,7 @@ from multisbora.geometry import Geometry, from_checkpoint
 from multisbora.moments import Moments, harm
 from multisbora.penalty import STRENGTH, LivePenalty, Penalty, strength_of
 from multisbora.project import Project
-from multisbora.recipe import Recipe
+from multisbora.recipe import Recipe, load
 from multisbora.region import own_axis
 from multisbora.registry import Registry
 from multisbora.registry.claims import TaskClaims
@@ -311,7 +311,8 @@ def test_train_isolated(project: Path, run: Run) -> None:
         harm(module.scaling * module.values, moments.block(name, module.region.indices))
         for name, module in adapter.modules.items()
     )
-    assert lines[-1]["isolation"] == pytest.approx(20 * wanted, rel=1e-4) and wanted > 0
+    answers = answer_tokens(load("adding", Path("tasks")), Path(Project.load().model))
+    assert lines[-1]["isolation"] == pytest.approx(20 * wanted / answers, rel=1e-4) and wanted > 0
     # Rows of a task itself say nothing of its crosstalk.
     assert_refused(run("train", "--task", "doubling", "--isolate", "1"), 1, "from adding, whose rows nobody")
 

@@ -16,7 +16,7 @@ import numpy as np
 import peft.utils.save_and_load
 import pytest
 import torch
-from builders import draw_moments, tiny_gpt2, tiny_llama
+from builders import answer_tokens, draw_moments, tiny_gpt2, tiny_llama
 from commands import refused
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
@@ -476,7 +476,7 @@ def penalty_of(base: Base, task: str, seed: int = 1) -> Penalty:
 @pytest.mark.parametrize("variant", ["fa", "fb"])
 def test_isolated_training_is_quieter_on_the_others(llama: Base, recipe: Any, tmp_path: Path, variant: str) -> None:
     claims, penalty = llama.claims[variant], penalty_of(llama, variant)
-    changed, isolated = {"max_steps": 20, "dropout": 0.0, "logging_steps": 5}, {"isolate": 0.01}
+    changed, isolated = {"max_steps": 20, "dropout": 0.0, "logging_steps": 5}, {"isolate": 0.1}
     plain = train(recipe(training=changed), llama.folder, claims, tmp_path / "plain")
     quiet = train(recipe(training=changed | isolated), llama.folder, claims, tmp_path / "quiet", penalty=penalty)
 
@@ -492,11 +492,12 @@ def test_isolated_training_is_quieter_on_the_others(llama: Base, recipe: Any, tm
     assert plain.loss is not None and quiet.loss is not None
     assert plain.loss < quiet.loss < plain_lines[0]["loss"]
     assert [line["step"] for line in lines if "isolation" in line] == [line["step"] for line in plain_lines]
-    assert lines[-1]["isolation"] == pytest.approx(0.01 * harm_of(tmp_path / "quiet"), rel=1e-3)
+    wanted = 0.1 * harm_of(tmp_path / "quiet") / answer_tokens(recipe(), llama.folder)
+    assert lines[-1]["isolation"] == pytest.approx(wanted, rel=5e-3)
     assert not any("isolation" in line for line in plain_lines)
     summary = json.loads((tmp_path / "quiet" / TRAINING_FILE).read_text())
     assert (summary["isolation_digest"], summary["isolated_from"]) == (penalty.digest, ["other"])
-    assert summary["recipe"]["training"]["isolate"] == 0.01
+    assert summary["recipe"]["training"]["isolate"] == 0.1
 
 
 def test_an_isolated_run_goes_on_with_the_same_moments_alone(llama: Base, recipe: Any, tmp_path: Path) -> None:
