@@ -99,6 +99,20 @@ def rename(
 
 
 @registry_app.command()
+def forget(task: Task, as_json: Json = False, dry_run: DryRun = False) -> None:
+    """Delete what `multisbora measure` found of a task's rows: others are no longer isolated from it. Claims stay."""
+    from . import lifecycle
+    from .project import Project
+
+    lifecycle.forget(Project.load(), task, dry_run=dry_run)
+    show(
+        {"task": task, "dry_run": dry_run},
+        as_json,
+        [f"{'would forget' if dry_run else 'forgot'} the moments of {task}"],
+    )
+
+
+@registry_app.command()
 def protect(
     columns: Annotated[str | None, typer.Option("--columns", help="Input channels, separated by commas.")] = None,
     rows: Annotated[str | None, typer.Option("--rows", help="Output channels, separated by commas.")] = None,

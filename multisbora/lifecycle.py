@@ -215,6 +215,16 @@ def unprotect(project: Project, dry_run: bool) -> int:
         return registry.unprotect(project.model_name, dry_run=dry_run)
 
 
+def forget(project: Project, task: str, dry_run: bool) -> None:
+    """Delete what was measured of a task's rows; its claims stay.
+
+    Raises:
+        RegistryError: it was not measured.
+    """
+    with required(project) as registry, registry.transaction(dry_run=dry_run) as ledger:
+        ledger.forget_moments(project.model_name, task)
+
+
 def check(project: Project) -> tuple[str, Audit]:
     """Prove every invariant of the project's registry; returns its URL as well."""
     from .registry.audit import check

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from .adapter import Adapter
 from .blend import Blend, Half
@@ -31,6 +32,7 @@ from .geometry import from_checkpoint
 from .lambdas import Space, descend, require_optuna, search
 from .loading import load_model, load_tokenizer
 from .probe import BATCH_TOKENS, probe
+from .quantization import widen
 from .recipe import Recipe
 from .shares import Share, load, require_disjoint, shares_of
 from .train import TRAINING_FILE
@@ -142,7 +144,8 @@ def tune(
     """Find the lambdas of a composition. Same arguments, rows and machine, same lambdas.
 
     Each is rounded to four places before it is judged, so that what was judged is what `merge` writes with these
-    weights: bit for bit on a base as stored, up to the products' rounding on a quantised one.
+    weights: bit for bit on a base as stored, up to the products' rounding on a quantised one, and on an fp16 base up to
+    that of fp16, whose gradient is taken in fp32.
 
     A step of "gradient" costs about a training step of all the tasks on `STEP_TOKENS` tokens of each. "search" needs no
     gradients, and optuna; a step of it is a forward over half of the rows.
@@ -189,6 +192,9 @@ def tune(
     model, _ = load_model(first, base, others, base_view=base_view, say=say)
     if dry_run:
         return Tuned(by, method, steps, space.size, weights, {})
+    if method == "gradient" and model.get_base_model().dtype == torch.float16:
+        say("the base is float16, whose gradients vanish without loss scaling: lambdas are tuned in float32")
+        widen(model)
     blend = Blend(model, space.modules)
     learn = Half.measured(blend, [half for half, _ in halves], space.start, STEP_TOKENS)
     judge = Half.measured(blend, [half for _, half in halves], space.start, BATCH_TOKENS)

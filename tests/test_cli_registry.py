@@ -184,6 +184,17 @@ def test_release_with_a_merge_that_depends_on_it(trained: Path, run: Run) -> Non
     assert set(run("status", "--json").json["tasks"]) == {"doubling"}
 
 
+def test_forget(project: Path, run: Run) -> None:
+    assert run("allocate", "--tasks", "adding,doubling").code == 0
+    assert_refused(run("registry", "forget", "--task", "adding"), 1, "task 'adding' was not measured on")
+    assert run("measure", "--tasks", "adding").code == 0
+    assert run("registry", "forget", "--task", "adding", "--dry-run").out.startswith("would forget")
+    dry = ("train", "--task", "doubling", "--dry-run")
+    assert "isolated from adding" in run(*dry).err
+    assert run("registry", "forget", "--task", "adding", "--json").json == {"task": "adding", "dry_run": False}
+    assert "isolated" not in run(*dry).err and run("registry", "check").code == 0
+
+
 def test_rename_takes_the_adapter_along(trained: Path, run: Run) -> None:
     before = Adapter.read("adapters/adding")
     assert run("registry", "rename", "--task", "adding", "--to", "sums", "--dry-run").code == 0

@@ -125,6 +125,19 @@ def test_they_stay_when_claims_go_and_follow_a_task_to_its_new_name(store_url: s
         assert check(registry).problems == ()
 
 
+def test_forgotten(store_url: str) -> None:
+    with Registry.open(store_url) as registry:
+        keep(registry, made(), made("law", seed=1))
+        with registry.transaction() as ledger:
+            for task, model in (("code", "tiny"), ("math", "huge")):
+                refused(
+                    lambda m=model, t=task: ledger.forget_moments(m, t), RegistryError, f"{task!r} was not measured"
+                )  # type: ignore[misc]
+            ledger.forget_moments("tiny", "math")
+        assert registry.moments("tiny", "math") is None and registry.measured("tiny").keys() == {"law"}
+        assert same(registry.moments("tiny", "law"), made("law", seed=1)) and check(registry).problems == ()
+
+
 def test_an_export_leaves_them_out(store_url: str, tmp_path: Path) -> None:
     with Registry.open(store_url) as registry:
         allocate(registry, GEOMETRY, ["math"], rank=2, target_modules="all-linear")

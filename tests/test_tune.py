@@ -223,6 +223,19 @@ def test_a_tuned_composition_is_the_merged_checkpoint(kind: str, tmp_path: Path)
     assert_same_losses(made, point, tmp_path / "merged", 1e-5 if dtype == "float32" else 1e-2)
 
 
+def test_a_base_in_float16(tmp_path: Path) -> None:
+    made = make(tmp_path, {"adding": "fa", "spelling": "fb"}, steps=10)
+    whole = made.tuned(slack=5.0, steps=2)
+    base = tiny_llama(tmp_path / "half", dtype="float16")  # of the same weights
+    for adapter in made.adapters:
+        edit_json(adapter / "adapter_config.json", base_fingerprint=fingerprint(base, from_checkpoint(base)))
+    said: list[str] = []
+    found = made._replace(base=base).tuned(slack=5.0, steps=2, say=said.append)
+    assert "lambdas are tuned in float32" in said[-1]
+    for task, other in whole.tasks.items():
+        assert found.tasks[task].own == pytest.approx(other.own, rel=0.02)
+
+
 def assert_same_losses(made: Made, point: Point, merged: Path, tolerance: float) -> None:
     """Of the rows that judged, in a merged checkpoint and as they were told of a point."""
     plain, tokenizer = load_model(merged)

@@ -179,6 +179,14 @@ class Ledger(Reader):
         """
         measured.keep(self._connection, model, moments)
 
+    def forget_moments(self, model: str, task: str) -> None:
+        """Delete what was measured of a task's rows. No history, and claims stay as they are.
+
+        Raises:
+            RegistryError: there is nothing of it.
+        """
+        measured.forget(self._connection, model, task)
+
     def protect(self, model: str, axis: int, channels: Mapping[str, Sequence[int]]) -> None:
         """Keep channels from ever being owned: module -> rows (axis 0) or columns (axis 1), in every composition.
 

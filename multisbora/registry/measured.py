@@ -90,6 +90,21 @@ def rename(connection: sa.Connection, model_id: int, task: str, name: str) -> No
         connection.execute(measurements.update().where(mine).values(task=name))
 
 
+def forget(connection: sa.Connection, model: str, task: str) -> None:
+    """Delete a task's moments.
+
+    Raises:
+        RegistryError: there are none.
+    """
+    of_model = sa.select(models.c.id).where(models.c.name == model)
+    found = connection.execute(
+        sa.select(measurements.c.model_id).where(measurements.c.model_id.in_(of_model), measurements.c.task == task)
+    ).scalar()
+    if found is None:
+        raise RegistryError(f"task {task!r} was not measured on {model}: there is nothing to forget")
+    _forget(connection, found, task)
+
+
 def _forget(connection: sa.Connection, model_id: int, task: str) -> None:
     mine = sa.and_(measurements.c.model_id == model_id, measurements.c.task == task)
     of_mine = sa.select(measurements.c.id).where(mine)
