@@ -48,9 +48,9 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
 def test_the_way_of_the_demo(tmp_path: Path, commands: list[list[str]]) -> None:
     said: list[str] = []
     found = run_demo(tmp_path / "demo", said.append)
-    assert [c[0] for c in commands[:1]] == ["allocate"]
+    assert [c[0] for c in commands[:2]] == ["measure", "allocate"]
     assert sorted(c[2] for c in commands if c[0] == "train") == sorted(TASKS)
-    assert [c[0] for c in commands[3:5]] == ["merge", "verify"]
+    assert [c[0] for c in commands[4:6]] == ["merge", "verify"]
     assert sorted(c[1] for c in commands if c[0] == "eval") == sorted(
         [DEMO_MODEL, "merged", "adapters/math", "adapters/commonsense"]
     )
@@ -67,7 +67,7 @@ def test_the_way_of_the_demo(tmp_path: Path, commands: list[list[str]]) -> None:
 
     commands.clear()
     run_demo(tmp_path / "demo", said.append)
-    assert not {"train", "merge"} & {c[0] for c in commands}  # what is there is not made again
+    assert not {"measure", "train", "merge"} & {c[0] for c in commands}  # what is there is not made again
 
 
 def test_the_table(tmp_path: Path) -> None:
@@ -100,6 +100,6 @@ def test_a_command_that_fails(
 
     monkeypatch.setattr(demo.subprocess, "run", fail)
     monkeypatch.setattr(demo, "find_base", lambda model, say: tmp_path)
-    with pytest.raises(MultisboraError, match="allocate --tasks math,commonsense` failed: the reason") as caught:
+    with pytest.raises(MultisboraError, match="measure --tasks math,commonsense --rows 32` failed: the reason") as caught:
         run_demo(tmp_path / "demo", lambda message: None)
     assert type(caught.value) is kind

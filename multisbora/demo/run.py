@@ -22,6 +22,7 @@ from .data import write_demo_data
 
 TASKS = ("math", "commonsense")
 _PROGRESS_SECONDS = 20
+_MEASURED_ROWS = 32  # a task
 _TEST_ROWS = 80  # a task, of the nearly 300 that there are: the whole demo is to end within ten minutes on two cores
 
 
@@ -70,14 +71,16 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> DemoResult:
     base = find_base(DEMO_MODEL, say)
     say(f"base model {DEMO_MODEL}: {base}")
     demo = _Commands(folder, say)
-    demo.run("allocate", "--tasks", ",".join(TASKS))
+    both = ",".join(TASKS)
+    if not (folder / "adapters").exists():
+        demo.run("measure", "--tasks", both, "--rows", str(_MEASURED_ROWS))
+    demo.run("allocate", "--tasks", both)
     untrained = [task for task in TASKS if not (folder / "adapters" / task).is_dir()]
     if untrained:
         demo.side_by_side([("train", "--task", task) for task in untrained], progress=untrained)
     if not (folder / "merged").is_dir():
         demo.run("merge", "--output", "merged")
     proof = json.loads(demo.run("verify", "merged", "--json"))
-    both = ",".join(TASKS)
     scored = ("--limit", str(_TEST_ROWS), "--json")
     answers = demo.side_by_side(
         [
