@@ -100,6 +100,6 @@ def test_a_command_that_fails(
 
     monkeypatch.setattr(demo.subprocess, "run", fail)
     monkeypatch.setattr(demo, "find_base", lambda model, say: tmp_path)
-    with pytest.raises(MultisboraError, match="measure --tasks math,commonsense --rows 32` failed: the reason") as caught:
+    with pytest.raises(MultisboraError, match="--rows 32` failed: the reason") as caught:
         run_demo(tmp_path / "demo", lambda message: None)
     assert type(caught.value) is kind
