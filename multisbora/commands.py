@@ -298,6 +298,8 @@ def _penalty(project: Project, claims: TaskClaims, recipe: Recipe, say: Say) -> 
             return Penalty.of(claims, map(measured, others))
         found = (registry.moments(model, other) for other in others if other not in missing)
         penalty = Penalty.gather(claims, (moments for moments in found if moments is not None), left_out.append)
+    if not is_first():  # of a launcher's processes one says it
+        return penalty
     if penalty is not None:
         left_out += [f"the rows of {', '.join(missing)} were not measured"] if missing else []
         say(f"isolated from {', '.join(penalty.tasks)}" + "".join(f"; not so from others: {why}" for why in left_out))
