@@ -84,6 +84,29 @@ WAVES: tuple[Wave, ...] = (
     (LORA, ("ties_svd",)),
     (FA, (GRID,)),
 )
+# What is asked again with other seeds, and of merges of 4 and 8: what tells most, since all of it would take days.
+AGAIN: tuple[Wave, ...] = (
+    (FA, (ONE, BY_MATRIX)),
+    (FA_BOTH, (ONE, BY_MATRIX)),
+    (LORA, SUMS),
+    (FA_ISOLATED, (ONE,)),
+    (FA_QUIET, (ONE,)),
+    (LORA, OTHERS),
+)
+MANY: tuple[Wave, ...] = (
+    (FA, FIRST),
+    (FA_BOTH, FIRST),
+    (LORA, SUMS + OTHERS),
+    (FA_BOTH, (CORRECTED,)),
+    (JOINT, (ONE,)),
+    (OVERLAP, (ONE, GRID)),
+    (FA_ISOLATED, (ONE,)),
+    (FA, (CORRECTED, ROOT, MEAN)),
+    (OSRM, SUMS),
+    (LORI, SUMS),
+    (FB, (ONE, BY_TASK)),
+    (FB_BOTH, (ONE, BY_TASK)),
+)
 HEADLINE = (FA_BOTH, BY_MATRIX)
 # Of --quick: every way to train and to compose at least once, and two of them for merges of 4 and 8.
 FEW: tuple[Wave, ...] = (
@@ -108,8 +131,9 @@ class Setup:
         ranks: kind -> rank, for merges of 2; many: the same for those of 4 and 8, where no more fb rows are free.
         rates: learning rates to try. One alone is taken as it is.
         isolate: strength of the penalty.
-        looked: dev rows a task for moments and for OSRM's start; tuned: for `multisbora tune`; tried: for a grid of
-            2 tasks, of more with fewer rows each.
+        looked: dev rows a task for moments and for OSRM's start; tuned: for `multisbora tune`; tried: for a grid; of
+            more than 2 tasks with fewer rows each, and half the steps of `tune`.
+        shown: test rows a task for merges of 4 and 8.
         scored: test rows a task that answers are generated for.
     """
 
@@ -125,6 +149,7 @@ class Setup:
     tuned: int = 128
     tune_steps: int = 32
     tried: int = 64
+    shown: int = 75
     scored: int = 200
     sizes: Sizes = field(default_factory=Sizes)
 
@@ -147,13 +172,15 @@ class Plan:
     """Runs of a study. What comes next hangs on what was found: learning rates are chosen first.
 
     Attributes:
-        waves: what is compared, in order, in merges of 2; many: in those of 4 and 8.
+        waves: what is compared, in order, in merges of 2 at the first seed; again: at the others; many: in merges of 4
+            and 8.
     """
 
     setup: Setup
     store: Store
     waves: Sequence[Wave] = WAVES
-    many: Sequence[Wave] = WAVES
+    again: Sequence[Wave] = AGAIN
+    many: Sequence[Wave] = MANY
     _rates: dict[str, float] = field(default_factory=dict)
 
     def runs(self, sections: Sequence[str]) -> Iterator[Run]:
@@ -167,7 +194,7 @@ class Plan:
         seeds = {"seeds": self.setup.seeds[1:], "scores": ()}.get(section, self.setup.seeds[:1])
         for seed in seeds:
             tasks = MERGES[SECTIONS[section]]
-            for arm, hows in self.waves_of(tasks):
+            for arm, hows in self.again if section == "seeds" else self.waves_of(tasks):
                 yield from (Cell(tasks, seed, arm, how) for how in hows)
 
     def waves_of(self, tasks: Sequence[str]) -> Sequence[Wave]:
@@ -292,7 +319,10 @@ class Plan:
         runs, tasks = self.trainings(cell), list(cell.tasks)
         name = f"{cell.arm.name} {len(tasks)}t s{cell.seed}"
         if cell.how in TUNINGS:
-            spec = {"tasks": tasks, "by": TUNINGS[cell.how], "rows": self.setup.tuned, "steps": self.setup.tune_steps}
+            rows, steps = self.setup.tuned, self.setup.tune_steps
+            if len(tasks) > 2:
+                rows, steps = max(2 * rows // len(tasks), min(rows, 32)), max(1, steps // 2)
+            spec = {"tasks": tasks, "by": TUNINGS[cell.how], "rows": rows, "steps": steps}
             return Run("tune", f"{name} by {spec['by']}", spec, runs)
         how, _, chosen = cell.how.rpartition(" ")
         if chosen == GRID:
@@ -305,6 +335,8 @@ class Plan:
         """A composition on the test rows of all its tasks. What chose its lambdas is the last run that it needs."""
         runs, chosen = self.trainings(cell), self.lambdas(cell)
         spec: dict[str, Any] = {"tasks": list(cell.tasks), "how": cell.how.removesuffix(GRID).strip()}
+        if len(cell.tasks) > 2:
+            spec["limit"] = self.setup.shown
         needs = runs
         if cell.how in SOLVED:
             spec["how"] = CORRECTED

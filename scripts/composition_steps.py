@@ -178,7 +178,7 @@ class Steps:
         base: Path | None = None,
     ) -> Answer:
         told: dict[str, Any] = {"work": "loss", "kind": kind, "adapters": adapters, "weights": weights, "how": how}
-        told["tasks"] = run.spec["tasks"]
+        told |= {"tasks": run.spec["tasks"], "limit": run.spec.get("limit")}
         return self._work(run, told | ({} if base is None else {"base": str(base)}), threads)
 
     def _tune(self, run: Run, threads: int) -> Answer:

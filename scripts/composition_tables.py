@@ -149,7 +149,10 @@ class Tables:
     def _retention(self, cell: Cell, task: str) -> float:
         bare = self._bare(task)
         assert bare is not None  # `_whole` looked
-        base, own, merged = _nll(bare), _nll(self._own(cell, task)), _nll(self._mixed(cell, task))
+        merged = self._mixed(cell, task)
+        rows = len(merged["nats"])
+        base, own = _nll(bare, rows), _nll(self._own(cell, task), rows)
+        merged = _nll(merged)
         return (base - merged) / (base - own) if base - own > LEAST_GAIN else math.nan
 
     def _worst(self, cells: Sequence[Cell], shares: Sequence[Sequence[float]]) -> tuple[float, float, float]:
@@ -164,7 +167,8 @@ class Tables:
     def _redrawn(self, cell: Cell, task: str) -> Any:
         """(DRAWS,) retention on rows drawn anew, the same ones for base, own and merged."""
         found = (self._bare(task), self._own(cell, task), self._mixed(cell, task))
-        base, own, merged = (np.array(one["nats"]) for one in found if one is not None)
+        count = len(found[2]["nats"])
+        base, own, merged = (np.array(one["nats"][:count]) for one in found if one is not None)
         rows = np.random.default_rng(0).integers(len(base), size=(DRAWS, len(base)))
         gain = (base - own)[rows].sum(1)
         return np.where(gain > 0, (base - merged)[rows].sum(1) / np.where(gain > 0, gain, 1), np.nan)
@@ -240,8 +244,9 @@ def _scored(found: Mapping[str, Any]) -> str:
     return f"{found['score']:.1%} ({low:.1%} to {high:.1%})"
 
 
-def _nll(found: Mapping[str, Any]) -> float:
-    return sum(found["nats"]) / sum(found["tokens"])
+def _nll(found: Mapping[str, Any], rows: int | None = None) -> float:
+    """Nats per answer token, of the first rows or of all."""
+    return sum(found["nats"][:rows]) / sum(found["tokens"][:rows])
 
 
 def _means(rows: Sequence[Sequence[float]]) -> list[str]:

@@ -85,13 +85,14 @@ def loss(
     how: str,
     recipes: str,
     tasks: list[str],
+    limit: int | None = None,
 ) -> Answer:
-    """What the answers of every test row cost one composition: {task: {"nats": [...], "tokens": [...]}}."""
+    """What the first test rows, or all, cost one composition: {task: {"nats": [...], "tokens": [...]}}."""
     live = Live(kind, base, adapters, how)
     with live.mixed(weights):
         found = {}
         for task in tasks:
-            rows = examples(live, recipes, task, "test", None)
+            rows = examples(live, recipes, task, "test", limit)
             nats = [round(-value, 5) for value in log_likelihoods(live.inner, rows)]
             found[task] = {"nats": nats, "tokens": tokens(rows)}
     return found

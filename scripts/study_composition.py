@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     store = Store(work / "runs")
-    plan = Plan(setup, store, FEW, FEWEST) if options.quick else Plan(setup, store)
+    plan = Plan(setup, store, FEW, FEW, FEWEST) if options.quick else Plan(setup, store)
     failed: dict[str, str] = {}
     if not options.report:
         steps = Steps(work, setup, store, here=options.quick, lock=lock)
