@@ -94,8 +94,8 @@ AGAIN: tuple[Wave, ...] = (
     (LORA, OTHERS),
 )
 MANY: tuple[Wave, ...] = (
-    (FA, FIRST),
     (FA_BOTH, FIRST),
+    (FA, FIRST),
     (LORA, SUMS + OTHERS),
     (FA_BOTH, (CORRECTED,)),
     (JOINT, (ONE,)),
@@ -131,8 +131,8 @@ class Setup:
         ranks: kind -> rank, for merges of 2; many: the same for those of 4 and 8, where no more fb rows are free.
         rates: learning rates to try. One alone is taken as it is.
         isolate: strength of the penalty.
-        looked: dev rows a task for moments and for OSRM's start; tuned: for `multisbora tune`; tried: for a grid; of
-            more than 2 tasks with fewer rows each, and half the steps of `tune`.
+        looked: dev rows a task for moments and for OSRM's start; tuned: for `multisbora tune`; tried: for a grid. Of
+            more than 2 tasks there are fewer rows of each, and half the steps of `tune`.
         shown: test rows a task for merges of 4 and 8.
         scored: test rows a task that answers are generated for.
     """
@@ -266,11 +266,15 @@ class Plan:
         spec |= {"tasks": list(group), "seed": seed, "base": self.setup.fingerprint}
         spec["targets"] = list(self.setup.targets)
         if arm.strategy == "isolated":
-            spec |= {"rows": self.setup.looked, "sizes": asdict(self.setup.sizes)}
+            spec |= {"rows": self.looked(group), "sizes": asdict(self.setup.sizes)}
         return Run("claims", f"{arm.kind} {arm.strategy} {'+'.join(group)[:24]} s{seed}", spec)
 
+    def looked(self, group: Sequence[str]) -> int:
+        """Dev rows of each task of a group that moments are of."""
+        return self.setup.looked if len(group) <= 2 else max(1, self.setup.looked // 2)
+
     def moments(self, arm: Arm, group: Sequence[str], seed: int) -> Run:
-        spec = {"tasks": list(group), "rows": self.setup.looked, "sizes": asdict(self.setup.sizes)}
+        spec = {"tasks": list(group), "rows": self.looked(group), "sizes": asdict(self.setup.sizes)}
         claims = self.claims(arm, group, seed)
         return Run("moments", claims.name, spec, (claims,))
 
