@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .allocator import Allocation, allocate
-from .errors import DataError, UsageError
+from .errors import DataError, MultisboraError, UsageError
 from .geometry import Geometry
-from .hub import local_folder
+from .hub import find_here, local_folder
 from .journal import reading
 from .lifecycle import existing, resolve_targets, write_registry
 from .moments import Moments
@@ -22,6 +22,7 @@ from .settings import load_yaml
 from .stream import fingerprint
 
 if TYPE_CHECKING:
+    from .registry.measured import Measured
     from .survey import Survey
 
 Say = Callable[[str], None]
@@ -89,8 +90,8 @@ def allocate_tasks(
         return write(dry_run)
     settings |= {"strategy": "isolated", "moments": moments}
     found = write(dry_run)
-    if moments and not dry_run:
-        _measure_again(project, found, moments, say, quiet)
+    if not dry_run:
+        _measure_again(project, found.tasks, say, quiet)
     return found
 
 
@@ -135,7 +136,7 @@ def _find_moments(
     if missing and project.strategy == "auto":
         if len(needed) > 1:
             say(
-                f"indices are drawn at random, since {', '.join(missing)} were not measured: `multisbora measure "
+                f"indices are drawn at random, since there are no moments of {', '.join(missing)}: `multisbora measure "
                 f"--tasks {','.join(missing)}` first, or --strategy isolated, and they are chosen so that tasks stay "
                 "out of each other's way"
             )
@@ -167,38 +168,43 @@ def _find_moments(
     return found
 
 
-def _measure_again(
-    project: Project, found: Allocation, moments: Mapping[str, Moments], say: Say, quiet: Callable[[], None]
-) -> None:
-    """Measure tasks at the channels that were given out, of which nothing was known before."""
-    with Registry.open(project.registry) as registry, registry.reading() as reader:
-        there = reader.compositions(project.model_name)
-        holdings = {holding.task for holding in reader.holdings(project.model_name)}
-    met = {task for tasks in there.values() if not found.tasks.keys().isdisjoint(tasks) for task in tasks} & holdings
-    recipes = recipe_names(Path(project.recipes))
-    here = sorted(task for task in met & moments.keys() if moments[task].source == "task" and task in recipes)
-    if away := sorted(met - set(here)):
-        say(
-            f"run multisbora measure --tasks {','.join(away)} where their rows are: until then nobody is isolated from "
-            "them in training"
-        )
-    if len(met) > 1 and (lacking := [task for task in here if _lacks(project, task)]):
-        say(f"measuring {', '.join(lacking)} at the channels that were given out")
-        for rows in sorted({moments[task].rows for task in lacking}):
-            same = [task for task in lacking if moments[task].rows == rows]
-            measure_tasks(project, same, rows, None, False, say, quiet)
+def _measure_again(project: Project, tasks: Collection[str], say: Say, quiet: Callable[[], None]) -> None:
+    """Measure tasks that meet these at the channels that they hold now, where their moments lack some.
 
-
-def _lacks(project: Project, task: str) -> bool:
-    """Whether a task's moments are not those of all channels at which somebody may ask for them."""
-    from .measure import block_channels
-
+    Only what can be measured as it was: from rows that are here and as many, and without fetching the base.
+    """
+    model = project.model_name
     with Registry.open(project.registry) as registry:
-        moments = registry.moments(project.model_name, task)
-        with registry.reading() as reader:
-            wanted = block_channels(reader, project.model_name, task)
-    sites = {} if moments is None else moments.sites
-    return any(name not in sites or not set(at) <= set(sites[name].channels.tolist()) for name, at in wanted.items())
+        known = registry.measured(model)
+        groups = [set(group) for group in registry.compositions(model).values()]
+        met = {task for group in groups if not group.isdisjoint(tasks) for task in group}
+        lacking = sorted(task for task in met & known.keys() if len(met) > 1 and registry.lacks_moments(model, task))
+    if not lacking:
+        return
+    base_is_here = find_here(project.model) is not None
+    again: dict[int, list[str]] = {}
+    for task in lacking:
+        if base_is_here and known[task].source == "task" and _measures_alike(project, task, known[task]):
+            again.setdefault(known[task].rows, []).append(task)
+    for rows, same in again.items():
+        say(f"measuring {', '.join(same)} at the channels that were given out")
+        measure_tasks(project, same, rows, None, False, say, quiet)
+    for task in lacking:
+        if not any(task in same for same in again.values()):
+            text = "" if known[task].source == "task" else " --text FILE"
+            say(
+                f"run multisbora measure --tasks {task}{text} as it was measured before: until then nobody is isolated "
+                "from it at the channels that were given out"
+            )
+
+
+def _measures_alike(project: Project, task: str, before: Measured) -> bool:
+    """Whether what a task's recipe says here comes to as many rows and tokens as were measured of it."""
+    try:
+        found = survey_tasks(project, [task], before.rows, None, lambda message: None).to_json()[task]
+    except MultisboraError:
+        return False
+    return (found["rows"], found["tokens"]) == (before.rows, before.tokens)
 
 
 def _say_what_is_kept(registry: Registry, model: str, tasks: Collection[str], say: Say) -> None:

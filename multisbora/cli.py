@@ -65,7 +65,11 @@ def init(
         show(project.model_dump(mode="json"), as_json, project.text().splitlines())
     else:
         path = project.write()
-        show(project.model_dump(mode="json"), as_json, [f"wrote {path}: next, `multisbora allocate --tasks ...`"])
+        show(
+            project.model_dump(mode="json"),
+            as_json,
+            [f"wrote {path}: next, `multisbora measure --tasks ...`, or `allocate` at once"],
+        )
 
 
 @app.command()

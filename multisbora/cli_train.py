@@ -102,7 +102,7 @@ def measure(
     """Measure what tasks' rows send through the base model, into the registry: what allocation and training go by.
 
     One pass over the base, before a task is allocated or after it. Blocks of channels are measured for the claims that
-    there are: measure again when tasks join a composition.
+    there are; when tasks join a composition, `allocate` measures again where the rows are here.
     """
     from . import allocating
     from .commands import quiet_libraries

@@ -193,14 +193,20 @@ def _place(
     cpus = 1 if gpus else max(1, min(share, *(int(node["CPU"]) for node in usable)))
     say("predicting the memory of each task on a model without weights: up to a minute")
     with required(project) as registry:
-        measured = bool(registry.measured(project.model_name))
+        there = registry.measured(project.model_name).keys()
+        groups = [set(group) for group in registry.compositions(project.model_name).values()]
+    geometry = project.base_geometry(project.base())
+    from .penalty import MOST_BYTES, block_bytes
+
     known: dict[Any, int] = {}
     placed = []
     for job in jobs:
         held, training = claims[job.task], recipes[job.task].training
         needed = _memory(project, held, training, on_gpu=bool(gpus), known=known, say=say)
-        if training.isolate or (training.isolate is None and measured):
-            needed += _penalty(held, project.base_geometry(project.base()))
+        met = {other for group in groups if job.task in group for other in group} - {job.task}
+        size = block_bytes(held, geometry)
+        if training.isolate or (training.isolate is None and met & there and size <= MOST_BYTES):
+            needed += 3 * size  # one task's as it was read, the sum of all, and its copy in the model
         placed.append(replace(job, cpus=cpus, gpus=gpus, memory=needed))
     largest = int(max(node.get("memory", 0) for node in usable))
     if unfit := [job for job in placed if job.memory > largest]:
@@ -248,14 +254,6 @@ def _memory(
             spared = _spared(geometry, training.quantization, peak.base) if not on_gpu else 0
             known[key] = (peak.base if on_gpu else peak.peak - spared) + LIBRARY_BYTES
     return known[key]
-
-
-def _penalty(claims: TaskClaims, geometry: Geometry) -> int:
-    """Bytes that isolated training keeps of other tasks' moments: one's as it was read, their sum, and its copy in the
-    model."""
-    fa = claims.variant == "fa"
-    sizes = (region.rank if fa else geometry.find(name).in_features for name, region in claims.regions.items())
-    return 3 * sum(4 * size**2 for size in sizes)
 
 
 def _spared(geometry: Geometry, quantization: str | None, base: int) -> int:

@@ -8,6 +8,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,7 +236,6 @@ def train_task(
         if is_first() and not dry_run:
             _tell_trained(project, claims, output, say)
         return done
-    penalty = None if recipe.training.isolate == 0 else _penalty(project, claims, recipe, say)
     base = project.base(say)
     from .train import train
 
@@ -256,7 +256,7 @@ def train_task(
             use_rslora=project.use_rslora,
             geometry=project.base_geometry(base),
             deepspeed=deepspeed,
-            penalty=penalty,
+            penalty=None if recipe.training.isolate == 0 else partial(_penalty, project, claims, recipe, say),
             dry_run=dry_run,
             say=say,
             on_start=begin,
@@ -266,7 +266,7 @@ def train_task(
     return found
 
 
-def _penalty(project: Project, claims: TaskClaims, recipe: Recipe, say: Say) -> Penalty | None:
+def _penalty(project: Project, claims: TaskClaims, recipe: Recipe, say: Say, base_fingerprint: str) -> Penalty | None:
     """What isolates a task from all others that share a composition with it.
 
     Where the recipe leaves open whether it is, those that were measured do; None where none was.
@@ -283,7 +283,7 @@ def _penalty(project: Project, claims: TaskClaims, recipe: Recipe, say: Say) -> 
         others = sorted({other for tasks in met for other in tasks} - {task})
         known = registry.measured(model)
         missing = [other for other in others if other not in known]
-        from .penalty import Penalty
+        from .penalty import MOST_BYTES, STRENGTH, Penalty, block_bytes
 
         def measured(other: str) -> Moments:
             found = None if missing else registry.moments(model, other)
@@ -296,15 +296,21 @@ def _penalty(project: Project, claims: TaskClaims, recipe: Recipe, say: Say) -> 
 
         if recipe.training.isolate is not None:
             return Penalty.of(claims, map(measured, others))
-        found = (registry.moments(model, other) for other in others if other not in missing)
-        penalty = Penalty.gather(claims, (moments for moments in found if moments is not None), left_out.append)
-    if not is_first():  # of a launcher's processes one says it
-        return penalty
-    if penalty is not None:
-        left_out += [f"the rows of {', '.join(missing)} were not measured"] if missing else []
-        say(f"isolated from {', '.join(penalty.tasks)}" + "".join(f"; not so from others: {why}" for why in left_out))
-    elif left_out:
-        say(f"trained without isolation: {'; '.join(left_out)}")
+        penalty = None
+        if len(missing) == len(others):  # nobody asked for it in any way
+            return None
+        size = block_bytes(claims, project.base_geometry(project.base()))
+        if size > MOST_BYTES:
+            left_out.append(f"moments at all of its channels take {size:,} bytes, --isolate {STRENGTH:g} takes them")
+        else:
+            found = (registry.moments(model, other) for other in others if other not in missing)
+            there = (moments for moments in found if moments is not None)
+            penalty = Penalty.gather(claims, there, left_out.append, base_fingerprint)
+    left_out += [f"the rows of {', '.join(missing)} were not measured"] if missing else []
+    if is_first():  # of a launcher's processes one says it
+        others = [] if penalty is None else penalty.tasks
+        why = f"not isolated from {'others' if others else 'other tasks'}: {'; '.join(left_out)}" if left_out else ""
+        say("; ".join(filter(None, [f"isolated from {', '.join(others)}" if others else "", why])))
     return penalty
 
 

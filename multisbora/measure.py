@@ -23,10 +23,9 @@ from .dataset import Example
 from .errors import DataError, GeometryError
 from .geometry import Geometry, Names
 from .loading import load_base
-from .moments import FLOATS, INTS, WIDEST, Moments, Site
+from .moments import FLOATS, INTS, Moments, Site
 from .probe import BATCH_TOKENS, Say, batches, opening_loss
 from .quantization import widen
-from .registry.reader import Reader
 from .trainer import answer_loss
 from .untrusted import open_file
 from .view import Kind
@@ -135,33 +134,6 @@ def open_base(folder: Path, quantization: Kind | None, say: Say) -> Any:
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return model.eval()
-
-
-def block_channels(reader: Reader, model: str, task: str) -> dict[str, list[int]]:
-    """The input channels at which somebody may ask how a task's rows vary together: module -> sorted channels.
-
-    They are the columns of every fa task that shares a composition with the task, its own among them; and for an fb
-    task, which reads them all, all of its matrices, but of those with more than `WIDEST` none.
-
-    Returns:
-        {} for a task without claims.
-    """
-    holdings = reader.holdings(model)
-    mine = next((holding for holding in holdings if holding.task == task), None)
-    if mine is None:
-        return {}
-    shapes = reader.shapes(model)
-    found: dict[str, set[int]] = {}
-    for holding in holdings:
-        if holding.task is None or holding.compositions.isdisjoint(mine.compositions):
-            continue
-        for module, indices in holding.indices.items():
-            width = shapes[module][1]
-            if holding.variant == "fa":
-                found.setdefault(module, set()).update(indices.tolist())
-            elif width <= WIDEST:
-                found.setdefault(module, set()).update(range(width))
-    return {module: sorted(channels) for module, channels in found.items()}
 
 
 def text_examples(path: Path, tokenizer: Any, rows: int, longest: int) -> list[Example]:

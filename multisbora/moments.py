@@ -140,7 +140,7 @@ class Moments:
             if len(channels) > WIDEST:
                 raise DataError(
                     f"{module} has {len(channels)} input channels that count, and no more than {WIDEST} are measured "
-                    "together: take fa tasks, or leave --isolate and --method corrected out"
+                    "together: take fa tasks, and leave --method corrected out"
                 ) from None
             missing = "the matrix" if module not in self.sites else f"{error.args[0]} of {len(channels)} channels"
             raise DataError(

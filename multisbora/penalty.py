@@ -31,13 +31,16 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from .errors import DataError, TrainingError, UsageError
-from .geometry import Names
-from .moments import Floats, Moments
+from .geometry import Geometry, Names
+from .moments import WIDEST, Floats, Moments
 from .recipe import Recipe
 from .region import Region
 from .registry.claims import TaskClaims
 from .sharding import add_up, local
 
+# Moments of more bytes isolate no task unless they are asked to: those of fb tasks, which read all input channels, can
+# take more memory than the model.
+MOST_BYTES = 2**30
 STRENGTH = 1000.0  # where a recipe does not say: see docs/composition.md
 _HEAD = "multisbora_penalty"
 _KEPT = ("task", "base_fingerprint", "geometry_digest", "rows", "tokens", "source")  # of other tasks' moments
@@ -69,7 +72,7 @@ class Penalty:
             UsageError: there are none, or the task's own are among them.
             DataError: they are of another geometry, or lack a matrix or channels of the claims.
         """
-        found = cls.gather(claims, others, None)
+        found = cls.gather(claims, others, on_lacking=None)
         if found is None:
             raise UsageError(
                 f"task {claims.task} shares no composition with another task, so there is nobody to isolate it from: "
@@ -79,13 +82,18 @@ class Penalty:
 
     @classmethod
     def gather(
-        cls, claims: TaskClaims, others: Iterable[Moments], on_lacking: Callable[[str], object] | None
+        cls,
+        claims: TaskClaims,
+        others: Iterable[Moments],
+        on_lacking: Callable[[str], object] | None,
+        base_fingerprint: str | None = None,
     ) -> Penalty | None:
         """The same of those that there are; None where there are none.
 
         Args:
-            on_lacking: told of moments that lack a matrix or channels of the claims, which are then passed over; None
-                lets nothing be passed over.
+            on_lacking: told of moments that are of another model, or lack a matrix or channels of the claims, which are
+                then passed over; None lets nothing be passed over.
+            base_fingerprint: of the base that they have to be of; None takes any.
 
         Raises:
             UsageError, DataError: as `of`.
@@ -95,12 +103,14 @@ class Penalty:
         for moments in others:
             if moments.task == claims.task:
                 raise UsageError(f"the moments of task {claims.task} are its own: it is isolated from other tasks")
-            if moments.geometry_digest != claims.geometry_digest:
-                raise DataError(
-                    f"the moments of task {moments.task} are of another geometry than the claims of {claims.task}: "
-                    f"run multisbora measure --tasks {moments.task} on this model"
-                )
             try:
+                if moments.geometry_digest != claims.geometry_digest:
+                    raise DataError(
+                        f"the moments of task {moments.task} are of another geometry than the claims of {claims.task}: "
+                        f"run multisbora measure --tasks {moments.task} on this model"
+                    )
+                if base_fingerprint is not None:
+                    moments.check_base(base_fingerprint)
                 found = {module: _block(moments, module, region) for module, region in claims.regions.items()}
             except DataError as error:
                 if on_lacking is None:
@@ -140,9 +150,12 @@ class Penalty:
         """Keep it in a safetensors file, for a run that may be interrupted: moments may be measured anew meanwhile."""
         heads = [{key: getattr(moments, key) for key in _KEPT} for moments in self.others]
         head = {"claim_digest": self.claim_digest, "others": heads}
-        save_file(
-            {name: np.ascontiguousarray(block) for name, block in self.blocks.items()}, path, {_HEAD: json.dumps(head)}
-        )
+        try:
+            save_file(
+                {name: np.ascontiguousarray(b) for name, b in self.blocks.items()}, path, {_HEAD: json.dumps(head)}
+            )
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"{path} cannot be written ({error}): free space on its disk") from None
 
     @classmethod
     def read(cls, path: Path) -> Penalty:
@@ -151,6 +164,8 @@ class Penalty:
         Raises:
             TrainingError: the file is damaged.
         """
+        if not path.is_file():
+            raise TrainingError(f"{path} is not there: all machines of a run need to see the folder of its output")
         try:
             with safe_open(path, framework="np") as file:
                 head = json.loads((file.metadata() or {})[_HEAD])
@@ -172,6 +187,13 @@ class Penalty:
             found.update(json.dumps([module, block.shape]).encode())
             found.update(np.ascontiguousarray(block, "<f4").data)
         return found.hexdigest()
+
+
+def block_bytes(claims: TaskClaims, geometry: Geometry) -> int:
+    """What the blocks of one other task take at the channels that an update reads, fp32."""
+    fa = claims.variant == "fa"
+    sizes = (region.rank if fa else geometry.find(name).in_features for name, region in claims.regions.items())
+    return sum(4 * size**2 for size in sizes)
 
 
 def strength_of(recipe: Recipe, penalty: Penalty | None) -> float:
@@ -198,6 +220,11 @@ def _block(moments: Moments, module: str, region: Region) -> Floats:
     if region.variant == "fa" or site is None:
         return moments.block(module, region.indices)
     wanted = len(site.energy)
+    if wanted > WIDEST:
+        raise DataError(
+            f"an fb update reads all {wanted} input channels of {module}, and no more than {WIDEST} are measured "
+            "together: train with fa, leave that matrix out, or train with --isolate 0"
+        )
     if len(site.channels) < wanted:
         raise DataError(
             f"the moments of task {moments.task} have the block of {len(site.channels)} of {wanted} input channels of "

@@ -114,7 +114,7 @@ def _check_widths(model: nn.Module) -> None:
 def widen(model: Any) -> None:
     """Compute in fp32, and hold everything in it that is not quantised.
 
-    For fp16 on a CPU, where gradients vanish without loss scaling. Their own `float` refuses quantised models.
+    For fp16, where gradients vanish without loss scaling. Their own `float` refuses quantised models.
     """
     _compute_in(model, torch.float32)
     kept = {id(layer.weight) for _, layer in quantized_layers(model)}

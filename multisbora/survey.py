@@ -11,13 +11,14 @@ from .dataset import Example, check_length, load_rows
 from .errors import DataError, UsageError
 from .geometry import Geometry
 from .loading import load_config, load_tokenizer
-from .measure import CHUNK, block_channels, find_layers, measure, open_base, text_examples
+from .measure import CHUNK, find_layers, measure, open_base, text_examples
 from .moments import Moments
 from .names import check_name
 from .probe import probe
 from .project import Project
 from .recipe import Recipe, load, names
 from .registry import Registry
+from .registry.measured import block_channels
 from .stream import fingerprint
 from .view import Kind
 
@@ -31,7 +32,7 @@ class Subject:
 
     Attributes:
         source: whether the examples are its own or a text's.
-        channels: module -> input channels of its block, see `measure.block_channels`.
+        channels: module -> input channels of its block, see `registry.measured.block_channels`.
         quantization: how the base is quantised while the task trains, and is measured.
     """
 

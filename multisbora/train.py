@@ -80,7 +80,7 @@ def train(
     use_rslora: bool = False,
     geometry: Geometry | None = None,
     deepspeed: str | os.PathLike[str] | None = None,
-    penalty: Penalty | None = None,
+    penalty: Penalty | Callable[[str], Penalty | None] | None = None,
     dry_run: bool = False,
     say: Callable[[str], None] = lambda message: None,
     on_start: Callable[[], None] = lambda: None,
@@ -103,7 +103,8 @@ def train(
         geometry: of the base, where it is known already.
         deepspeed: a DeepSpeed config file.
         penalty: what isolates the task from others, `Penalty.of(claims, moments)`: needed where the recipe's
-            `training.isolate` is above 0, refused where it is 0. A run that goes on takes the one it began with.
+            `training.isolate` is above 0, refused where it is 0. Or a function of the base's fingerprint that gives it.
+            A run that goes on takes what it began with.
         dry_run: check base, claims and data, and return the steps and tokens of the run to come without starting it.
         say: told what a person should know on the way.
         on_start: called once, in process 0, when everything is checked and the run begins or goes on.
@@ -120,12 +121,13 @@ def train(
     base, output = Path(base), Path(output)
     processes = Processes.promised(deepspeed=deepspeed)
     processes.check_recipe(recipe.training)
-    if penalty is not None and recipe.training.isolate is None and processes.parallelism == "deepspeed":
-        say("DeepSpeed takes its step within backward, so that no penalty can be added: training without")
-        penalty = None
-    strength_of(recipe, penalty)
     if not processes.first:
         say = hush
+    if penalty is not None and recipe.training.isolate is None and processes.parallelism == "deepspeed":
+        say("DeepSpeed takes its step within backward: training without isolation from other tasks")
+        penalty = None
+    if not callable(penalty):
+        strength_of(recipe, penalty)
     if not dry_run:
         processes.start()
     with processes.agree():
@@ -139,7 +141,7 @@ def train(
                 "release and allocate again for this model"
             )
         base_print = fingerprint(base, geometry)
-        if penalty is not None:
+        if isinstance(penalty, Penalty):
             penalty.check(claims, base_print)
         config = SboraConfig(
             task_type="CAUSAL_LM",
@@ -158,6 +160,8 @@ def train(
         _check_names(recipe)
         data = _prepare(recipe, base, say)
     if dry_run:
+        if callable(penalty) and not (run / ISOLATION_FILE).is_file():
+            _asked(penalty, recipe, claims, base_print)
         cells = {m: r.values_shape(geometry.find(m).shape) for m, r in claims.regions.items()}
         return _expected(
             recipe, claims.task, output, data.train, sum(rows * columns for rows, columns in cells.values())
@@ -178,7 +182,7 @@ def _run(
     run: Path,
     config: SboraConfig,
     data: _Data,
-    penalty: Penalty | None,
+    penalty: Penalty | Callable[[str], Penalty | None] | None,
     processes: Processes,
     say: Callable[[str], None],
 ) -> TrainResult:
@@ -186,10 +190,12 @@ def _run(
         begun = _begun(run, checkpoint_files(processes)) if processes.first else None
     begun = processes.tell(begun)
     with processes.agree():
-        if begun == "isolated":
+        if begun == "isolated" and recipe.training.isolate != 0:
             penalty = Penalty.read(run / ISOLATION_FILE)
         elif begun == "plain" and recipe.training.isolate is None:
             penalty = None
+        elif callable(penalty):
+            penalty = _asked(penalty, recipe, claims, config.base_fingerprint)
         training = recipe.training.model_copy(update={"isolate": strength_of(recipe, penalty)})
         recipe = recipe.model_copy(update={"training": training})
     settings = {
@@ -281,6 +287,18 @@ def _run(
             summary |= {} if penalty is None else {"isolated_from": penalty.tasks}
             _publish(model, state, claims.model, run, output, summary, result, data)
     return result
+
+
+def _asked(
+    penalty: Callable[[str], Penalty | None], recipe: Recipe, claims: TaskClaims, base_print: str | None
+) -> Penalty | None:
+    """The penalty that a function gives, as good as one that was given at once."""
+    assert base_print is not None  # `train` took it
+    found = None if recipe.training.isolate == 0 else penalty(base_print)
+    strength_of(recipe, found)
+    if found is not None:
+        found.check(claims, base_print)
+    return found
 
 
 def _begun(run: Path, files: list[str]) -> Literal["isolated", "plain"] | None:

@@ -46,7 +46,7 @@ class TaskTrainer(Trainer):
         dev: the examples to watch the run by, if there are any.
         packed: whether the model keeps packed examples apart; else batches are padded.
         show: the text of an example, for messages.
-        penalty: for isolated training, which the recipe's `training.isolate` asks for.
+        penalty: for isolated training.
     """
 
     def __init__(

@@ -112,11 +112,16 @@ def test_isolated_training_asks_for_the_memory_of_its_blocks(
     assert run("allocate", "--tasks", "adding,doubling").code == 0
     assert run("measure", "--tasks", "adding,doubling").code == 0
     asked = []
-    for strength in ("0", "1"):
-        flags = ("--engine", "ray", "--dry-run", "--json", "--isolate", strength)
+    for strength in (("--isolate", "0"), ("--isolate", "1"), ()):
+        flags = ("--engine", "ray", "--dry-run", "--json", *strength)
         tasks = run("train", "--tasks", "adding,doubling", *flags).json["tasks"]
         asked.append(tasks["adding"]["resources"]["memory"])
     assert asked[1] - asked[0] == 3 * 6 * 4 * 4**2  # thrice 6 matrices of 4 x 4 in fp32
+    assert asked[2] == asked[1]
+    assert run("registry", "forget", "--task", "doubling").code == 0
+    flags = ("--engine", "ray", "--dry-run", "--json")
+    alone = run("train", "--tasks", "adding,doubling", *flags).json["tasks"]
+    assert alone["adding"]["resources"]["memory"] == asked[0] < alone["doubling"]["resources"]["memory"]
 
 
 def test_a_task_that_fits_on_no_node(project: Path, run: Run, nodes: Callable[..., None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -19,7 +20,9 @@ from multisbora.geometry import Geometry, Matrix
 from multisbora.isolation import MASSIVE, STEP, Isolation, Newcomer, assign, massive, score
 from multisbora.moments import Moments, Site
 from multisbora.project import Project
+from multisbora.recipe import load
 from multisbora.region import draw
+from multisbora.registry import Registry
 
 Q = Matrix("h.0.q_proj", "h.0.q_proj.weight", 6, 40)
 GEOMETRY = Geometry("tiny", "llama", (Q,))
@@ -320,7 +323,9 @@ def test_the_command_measures_what_nobody_measured(project: Any, run: Run) -> No
 def test_indices_are_chosen_by_moments_where_they_are_there(project: Any, run: Run) -> None:
     """Nobody has to ask for it, and nothing is measured that nobody asked to measure."""
     drawn = run("allocate", "--tasks", "adding,doubling", "--json")
-    assert "drawn at random, since adding, doubling were not measured" in drawn.err and "measuring" not in drawn.err
+    assert (
+        "drawn at random, since there are no moments of adding, doubling" in drawn.err and "measuring" not in drawn.err
+    )
     for task in ("adding", "doubling"):
         run("release", "--task", task)
         assert run("measure", "--tasks", task).code == 0
@@ -337,9 +342,52 @@ def test_rows_that_are_elsewhere(project: Any, run: Run) -> None:
     assert run("allocate", "--tasks", "doubling").code == 0
     (project / "tasks" / "doubling.yaml").unlink()
     done = run("allocate", "--tasks", "adding")
-    assert done.code == 0 and "run multisbora measure --tasks doubling where their rows are" in done.err
+    assert done.code == 0 and "run multisbora measure --tasks doubling as it was measured before" in done.err
+    assert "measuring adding at the channels" in done.err
     dry = run("train", "--task", "adding", "--dry-run")
-    assert dry.code == 0 and "trained without isolation: the moments of task doubling lack" in dry.err
+    assert dry.code == 0 and "not isolated from other tasks: the moments of task doubling lack" in dry.err
+
+
+@pytest.mark.parametrize("how", ["other rows", "text", "another base"])
+def test_what_cannot_be_measured_as_it_was_is_left_to_who_can(
+    project: Any, run: Run, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was measured stays."""
+    rows = Path(load("doubling", Path("tasks")).train[0].path).read_text().splitlines()
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows[:5]))
+    (tmp_path / "mine.txt").write_text("one two three four " * 40)
+    flags = {
+        "other rows": ("--set", f"train={tmp_path / 'mine.jsonl'}"),
+        "text": ("--text", f"{tmp_path / 'mine.txt'}"),
+    }
+    assert run("measure", "--tasks", "adding").code == 0
+    if how == "text":
+        Path("tasks/doubling.yaml").rename("doubling.yaml")
+    assert run("measure", "--tasks", "doubling", *flags.get(how, ())).code == 0
+    if how == "text":
+        Path("doubling.yaml").rename("tasks/doubling.yaml")
+    with Registry.open(Project.load().registry) as registry:
+        before = registry.moments("llama", "doubling")
+    if how == "another base":
+        monkeypatch.setattr("multisbora.allocating.find_here", lambda model: None)
+    done = run("allocate", "--tasks", "adding,doubling", "--json")
+    assert done.code == 0 and len(done.json["tasks"]) == 2
+    more = " --text FILE" if how == "text" else ""
+    assert f"run multisbora measure --tasks doubling{more} as it was measured before" in done.err
+    with Registry.open(Project.load().registry) as registry:
+        after = registry.moments("llama", "doubling")
+    assert before is not None and after is not None and before.to_bytes() == after.to_bytes()
+
+
+def test_measuring_that_was_cut_short_is_made_up_for(project: Any, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("measure", "--tasks", "adding,doubling").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("multisbora.allocating._measure_again", lambda *_: None)  # killed before it
+        assert run("allocate", "--tasks", "adding,doubling").code == 0
+    assert "not isolated" in run("train", "--task", "adding", "--dry-run").err
+    assert "measuring adding, doubling at the channels" in run("allocate", "--tasks", "adding").err
+    assert "isolated from doubling" in run("train", "--task", "adding", "--dry-run").err
+    assert run("allocate", "--tasks", "adding").err == ""
 
 
 def test_the_project_can_say_so_once(project: Any, run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -269,6 +270,8 @@ def test_a_penalty_that_was_kept(llama: Base, tmp_path: Path) -> None:
     penalty.write(tmp_path / "kept.safetensors")
     found = Penalty.read(tmp_path / "kept.safetensors")
     assert (found.claim_digest, found.others, found.digest) == (penalty.claim_digest, penalty.others, penalty.digest)
+    refused(lambda: Penalty.read(tmp_path / "none"), TrainingError, "is not there: all machines of a run")
+    refused(lambda: penalty.write(tmp_path / "no" / "folder"), TrainingError, "cannot be written")
     content = (tmp_path / "kept.safetensors").read_bytes()
     for damaged in (b"", content[:-9], content.replace(b"claim_digest", b"claim_digits")):
         (tmp_path / "kept.safetensors").write_bytes(damaged)
@@ -325,7 +328,7 @@ def test_isolated_where_the_others_were_measured(project: Path, run: Run) -> Non
     dry = ("train", "--task", "adding", "--dry-run")
     assert "solat" not in run(*dry).err
     assert run("measure", "--tasks", "doubling").code == 0
-    assert "isolated from doubling; not so from others: the rows of appending were not measured" in run(*dry).err
+    assert "isolated from doubling; not isolated from others: the rows of appending were not" in run(*dry).err
     assert "solat" not in run(*dry, "--isolate", "0").err
     assert run("measure", "--tasks", "appending").code == 0
     done = run("train", "--task", "adding")
@@ -339,7 +342,40 @@ def test_what_lacks_channels_isolates_from_nobody(project: Path, run: Run) -> No
     run("measure", "--tasks", "doubling")
     run("allocate", "--tasks", "adding", "--strategy", "random")
     done = run("train", "--task", "adding", "--dry-run")
-    assert done.code == 0 and "trained without isolation: the moments of task doubling lack" in done.err
+    assert done.code == 0 and "not isolated from other tasks: the moments of task doubling lack" in done.err
+
+
+def test_moments_of_another_base_isolate_from_nobody(project: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless somebody asks for it: a teammate who measures elsewhere stops nobody's training."""
+    run("allocate", "--tasks", "adding,doubling")
+    with monkeypatch.context() as patch:
+        patch.setattr("multisbora.survey.fingerprint", lambda *_: "blake3:other")
+        assert run("measure", "--tasks", "doubling").code == 0
+    dry = run("train", "--task", "adding", "--dry-run")
+    assert dry.code == 0 and "not isolated from other tasks: the moments of task doubling were measured on" in dry.err
+    assert_refused(run("train", "--task", "adding", "--dry-run", "--isolate", "1"), 1, "measured on another base model")
+
+
+def test_a_run_goes_on_though_moments_are_forgotten(project: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("allocate", "--tasks", "adding,doubling")
+    run("measure", "--tasks", "doubling")
+    quiet = ("train", "--task", "adding", "--isolate", "20", "--set", "training.save_steps=1")
+    train = importlib.import_module("multisbora.train")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_publish", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        assert run(*quiet).code == 1
+    assert run("registry", "forget", "--task", "doubling").code == 0
+    done = run(*quiet)
+    assert done.code == 0 and "going on from" in done.err
+    assert json.loads(Path("adapters/adding/training.json").read_text())["isolated_from"] == ["doubling"]
+
+
+def test_blocks_that_take_more_memory_than_the_model(project: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("allocate", "--tasks", "adding,doubling")
+    run("measure", "--tasks", "doubling")
+    monkeypatch.setattr("multisbora.penalty.MOST_BYTES", 6 * 4 * 4**2 - 1)
+    assert "take 384 bytes, --isolate 1000 takes them" in run("train", "--task", "adding", "--dry-run").err
+    assert run("train", "--task", "adding", "--dry-run", "--isolate", "1000").code == 0
 
 
 def test_channels_that_were_claimed_since(project: Path, run: Run) -> None:

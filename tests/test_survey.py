@@ -14,11 +14,11 @@ import yaml
 from commands import Run, assert_refused
 from safetensors.torch import load_file, save_file
 
-from multisbora import allocating, measure, survey
+from multisbora import allocating, survey
 from multisbora.errors import RegistryError
 from multisbora.moments import Moments
 from multisbora.project import Project
-from multisbora.registry import Registry
+from multisbora.registry import Registry, measured
 from multisbora.registry.audit import check
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -67,7 +67,7 @@ def test_before_and_after_allocation(project: Path, run: Run) -> None:
     with registry() as opened:
         claims = opened.claims("llama")
         assert check(opened).problems == ()
-        assert [event.action for event in opened.events()] == ["register", "allocate", "allocate"]
+        assert [event.action for event in opened.events()] == ["register", "allocate", "choose", "allocate", "choose"]
     for module, site in second.sites.items():
         held = {i for task in claims.values() if module in task.regions for i in task.regions[module].indices}
         assert site.channels.tolist() == sorted(held)
@@ -85,13 +85,13 @@ def test_channels_are_those_of_the_tasks_that_it_meets(project: Path, run: Run) 
         == 0
     )
     with registry() as opened, opened.reading() as reader:
-        alone = measure.block_channels(reader, "llama", "adding")
-        met = measure.block_channels(reader, "llama", "doubling")
-        assert measure.block_channels(reader, "llama", "nobody") == {}
+        alone = measured.block_channels(reader, "llama", "adding")
+        met = measured.block_channels(reader, "llama", "doubling")
+        assert measured.block_channels(reader, "llama", "nobody") == {}
         claims = opened.task("llama", "adding", "one"), opened.task("llama", "doubling", "two")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(measure, "WIDEST", 32)
-            narrow = measure.block_channels(reader, "llama", "rows")
+            patch.setattr(measured, "WIDEST", 32)
+            narrow = measured.block_channels(reader, "llama", "rows")
     assert alone == {module: list(region.indices) for module, region in claims[0].regions.items()}
     for module, region in claims[1].regions.items():
         width = {"q_proj": 32, "down_proj": 48}.get(module.rpartition(".")[2])

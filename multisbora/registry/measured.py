@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import sqlalchemy as sa
 
 from ..errors import DataError, RegistryError
-from ..moments import FLOATS, INTS, Moments, Site, pack_triangle, unpack_triangle
-from .reader import damaged
+from ..moments import FLOATS, INTS, WIDEST, Moments, Site, pack_triangle, unpack_triangle
+from .reader import Reader, damaged
 from .schema import matrices, measurements, models, moments
 
 _EMPTY = sa.literal(b"")
@@ -178,6 +179,45 @@ def measured(connection: sa.Connection, model: str) -> dict[str, Measured]:
         for row in rows
     }
     return dict(sorted(found.items()))
+
+
+def channels(connection: sa.Connection, model: str, task: str) -> dict[str, npt.NDArray[np.int32]]:
+    """The input channels of each block of a task's moments: module -> (n,), {} where it was not measured."""
+    rows = connection.execute(
+        sa.select(matrices.c.module, sa.type_coerce(moments.c.channels, _BYTES))
+        .join(matrices, matrices.c.id == moments.c.matrix_id)
+        .join(measurements, measurements.c.id == moments.c.measurement_id)
+        .join(models, models.c.id == measurements.c.model_id)
+        .where(models.c.name == model, measurements.c.task == task)
+    )
+    return {module: np.frombuffer(stored, INTS) for module, stored in rows if isinstance(stored, bytes)}
+
+
+def block_channels(reader: Reader, model: str, task: str) -> dict[str, list[int]]:
+    """The input channels at which somebody may ask how a task's rows vary together: module -> sorted channels.
+
+    They are the columns of every fa task that shares a composition with the task, its own among them; and for an fb
+    task, which reads them all, all of its matrices, but of those with more than `WIDEST` none.
+
+    Returns:
+        {} for a task without claims.
+    """
+    holdings = reader.holdings(model)
+    mine = next((holding for holding in holdings if holding.task == task), None)
+    if mine is None:
+        return {}
+    shapes = reader.shapes(model)
+    found: dict[str, set[int]] = {}
+    for holding in holdings:
+        if holding.task is None or holding.compositions.isdisjoint(mine.compositions):
+            continue
+        for module, indices in holding.indices.items():
+            width = shapes[module][1]
+            if holding.variant == "fa":
+                found.setdefault(module, set()).update(indices.tolist())
+            elif width <= WIDEST:
+                found.setdefault(module, set()).update(range(width))
+    return {module: sorted(channels) for module, channels in found.items()}
 
 
 def faults(connection: sa.Connection) -> Iterator[str]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
+import numpy as np
 import sqlalchemy as sa
 
 from ..errors import AllocationError, RegistryError, UsageError
@@ -174,6 +175,13 @@ class Registry:
         """Which tasks of a model were measured: their names, in alphabetical order, and what there is of each."""
         with self.reading() as ledger:
             return measured.measured(ledger.connection, model)
+
+    def lacks_moments(self, model: str, task: str) -> bool:
+        """Whether a task was not measured at all channels at which somebody may ask for its moments."""
+        with self.reading() as ledger:
+            wanted = measured.block_channels(ledger, model, task)
+            there = measured.channels(ledger.connection, model, task)
+        return any(not set(at) <= set(there.get(name, np.zeros(0)).tolist()) for name, at in wanted.items())
 
     def events(self) -> list[Event]:
         """The history of the store, oldest first."""
