@@ -85,7 +85,8 @@ def allocate_tasks(
     moments = None
     if project.strategy != "random":
         asked = compositions if compositions is not None else {project.composition: names}
-        moments = _find_moments(project, asked, write(dry_run=True).moved, dry_run, say, quiet)
+        moved = write(dry_run=True).moved if reallocate else ()
+        moments = _find_moments(project, asked, moved, lambda: write(dry_run=True), dry_run, say, quiet)
     if moments is None:
         return write(dry_run)
     settings |= {"strategy": "isolated", "moments": moments}
@@ -99,6 +100,7 @@ def _find_moments(
     project: Project,
     asked: Mapping[str, Sequence[str]],
     moved: Sequence[str],
+    check: Callable[[], object],
     dry_run: bool,
     say: Say,
     quiet: Callable[[], None],
@@ -108,6 +110,7 @@ def _find_moments(
     Args:
         asked: compositions and the tasks that shall be in them.
         moved: tasks that will be given other indices than they hold.
+        check: refuses what cannot be allocated; called before anything is measured for it.
 
     Returns:
         {} where nobody gets any: no moments are read then. None where some are missing and the project leaves it open
@@ -149,6 +152,7 @@ def _find_moments(
             "--strategy random"
         )
     if missing:
+        check()
         say(f"measuring {', '.join(missing)}: isolated indices need moments of the tasks that meet")
         found |= measure_tasks(project, missing, _ROWS, None, dry_run, say, quiet)
         base_fingerprint = found[missing[0]].base_fingerprint
@@ -175,7 +179,8 @@ def _measure_again(project: Project, tasks: Collection[str], say: Say, quiet: Ca
     """
     model = project.model_name
     with Registry.open(project.registry) as registry:
-        known = registry.measured(model)
+        if not (known := registry.measured(model)):
+            return
         groups = [set(group) for group in registry.compositions(model).values()]
         met = {task for group in groups if not group.isdisjoint(tasks) for task in group}
         lacking = sorted(task for task in met & known.keys() if len(met) > 1 and registry.lacks_moments(model, task))
