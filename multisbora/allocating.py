@@ -110,7 +110,7 @@ def _find_moments(
     Args:
         asked: compositions and the tasks that shall be in them.
         moved: tasks that will be given other indices than they hold.
-        check: refuses what cannot be allocated; called before anything is measured for it.
+        check: refuses what cannot be allocated; called before anybody is asked to measure for it.
 
     Returns:
         {} where nobody gets any: no moments are read then. None where some are missing and the project leaves it open
@@ -144,6 +144,8 @@ def _find_moments(
                 "out of each other's way"
             )
         return None
+    if missing:
+        check()
     absent = [task for task in missing if task not in recipe_names(Path(project.recipes))]
     if absent:
         raise DataError(
@@ -152,7 +154,6 @@ def _find_moments(
             "--strategy random"
         )
     if missing:
-        check()
         say(f"measuring {', '.join(missing)}: isolated indices need moments of the tasks that meet")
         found |= measure_tasks(project, missing, _ROWS, None, dry_run, say, quiet)
         base_fingerprint = found[missing[0]].base_fingerprint
