@@ -275,7 +275,7 @@ def equal_runs(folder: Path) -> None:
     """The same tasks in one process and in two, plain and sharded, whole and interrupted."""
     tasks = partial(train_tasks, folder, draw_claims(folder / "llama"))
     both = Task("fa", "fa"), Task("fb", "fb")
-    quiet = Task("quiet-fa", "fa", isolate=0.01), Task("quiet-fb", "fb", isolate=0.01)
+    quiet = Task("quiet-fa", "fa", isolate=0.1), Task("quiet-fb", "fb", isolate=0.1)
     bf16 = Task("bf16", "fa", base="bf16")
     whole, resumed = Task("dropout", "fa", dropout=0.2), Task("resumed", "fa", stop=5, dropout=0.2)
     run(folder / "one", after(watch, tasks(*both, bf16, *quiet)), count=1)

@@ -73,7 +73,7 @@ def test_channels_that_were_not_measured(module: str, channels: list[int], words
 
 
 def test_more_channels_than_are_ever_measured() -> None:
-    refused(lambda: moments().block(DOWN, list(range(WIDEST + 1))), DataError, "4097 input channels", "--isolate")
+    refused(lambda: moments().block(DOWN, list(range(WIDEST + 1))), DataError, "4097 input channels", "take fa tasks")
 
 
 def test_moments_of_another_base() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ def test_an_isolated_step_adds_the_penalty_once(variant: str, tmp_path: Path) ->
     """However many micro-batches a step has, and before its gradient is clipped."""
     live = model("llama", variant)
     penalty = random_penalty(live)
-    alone = LivePenalty(live, penalty, 5.0)
+    alone = LivePenalty(live, penalty, 5.0 / statistics.mean(len(x.input_ids) - x.answer_start for x in examples()))
     logged = alone.value()
     alone.add_gradient()
     added = {name: p.grad for name, p in live.named_parameters() if p.grad is not None}
