@@ -80,8 +80,9 @@ class Tables:
         kept, losses, bars, budgets = [], [], {}, []
         shown: set[str] = set()
         base = [self._bare(task) for task in tasks]
+        limit = None if size == 2 else self.plan.setup.shown  # rows that merges are looked at on
         if None not in base:
-            losses.append(["base", "", "", *(f"{_nll(found):.3f}" for found in base if found)])
+            losses.append(["base", "", "", *(f"{_nll(found, limit):.3f}" for found in base if found)])
         for arm, hows in self.plan.waves_of(tasks):
             for how in hows:
                 cells = [cell for cell in (Cell(tasks, seed, arm, how) for seed in seeds) if self._whole(cell)]
@@ -89,7 +90,7 @@ class Tables:
                     continue
                 if arm.name not in shown and not arm.together:
                     shown.add(arm.name)
-                    own = [[_nll(self._own(cell, task)) for task in tasks] for cell in cells]
+                    own = [[_nll(self._own(cell, task), limit) for task in tasks] for cell in cells]
                     losses.append([arm.name, "own adapters", str(len(cells)), *_means(own)])
                 merged = [[_nll(self._mixed(cell, task)) for task in tasks] for cell in cells]
                 losses.append([arm.name, _named(arm, how), str(len(cells)), *_means(merged)])
