@@ -82,13 +82,18 @@ def allocate_tasks(
             project, dry_run, lambda registry: allocate(registry, geometry, tasks, dry_run=dry_run, **settings)
         )
 
-    moments = None
+    moments, at_random = None, list[str]()
     if project.strategy != "random":
         asked = compositions if compositions is not None else {project.composition: names}
         moved = write(dry_run=True).moved if reallocate else ()
-        moments = _find_moments(project, asked, moved, lambda: write(dry_run=True), dry_run, say, quiet)
+        moments = _find_moments(
+            project, asked, moved, lambda: write(dry_run=True), dry_run, say, quiet, at_random.append
+        )
     if moments is None:
-        return write(dry_run)
+        found = write(dry_run)
+        for why in at_random:
+            say(f"indices are drawn at random, since {why}")
+        return found
     settings |= {"strategy": "isolated", "moments": moments}
     found = write(dry_run)
     if not dry_run:
@@ -104,12 +109,14 @@ def _find_moments(
     dry_run: bool,
     say: Say,
     quiet: Callable[[], None],
+    on_random: Callable[[str], object],
 ) -> dict[str, Moments] | None:
     """What was measured of any task; of those that get indices now, and of those that these meet, it is if need be.
 
     Args:
         asked: compositions and the tasks that shall be in them.
         moved: tasks that will be given other indices than they hold.
+        on_random: told why indices are not chosen by moments, where the project leaves that open.
         check: refuses what cannot be allocated; called before anybody is asked to measure for it.
 
     Returns:
@@ -138,10 +145,10 @@ def _find_moments(
     missing = sorted(needed - found.keys())
     if missing and project.strategy == "auto":
         if len(needed) > 1:
-            say(
-                f"indices are drawn at random, since there are no moments of {', '.join(missing)}: `multisbora measure "
-                f"--tasks {','.join(missing)}` first, or --strategy isolated, and they are chosen so that tasks stay "
-                "out of each other's way"
+            names = ",".join(missing)
+            on_random(
+                f"there are no moments of {', '.join(missing)}: `multisbora measure --tasks {names}` first, or "
+                "--strategy isolated, and they are chosen so that tasks stay out of each other's way"
             )
         return None
     if missing:
@@ -162,7 +169,7 @@ def _find_moments(
     else:  # nothing is fetched for this: the weights of a large model are hours away
         base_fingerprint = found[min(new)].base_fingerprint
     if project.strategy == "auto" and any(found[task].base_fingerprint != base_fingerprint for task in needed):
-        say("indices are drawn at random, since the moments of these tasks are not all of this base model")
+        on_random("the moments of these tasks are not all of this base model")
         return None
     for task in sorted(found):
         if task in needed:
