@@ -82,17 +82,15 @@ def allocate_tasks(
             project, dry_run, lambda registry: allocate(registry, geometry, tasks, dry_run=dry_run, **settings)
         )
 
-    moments, at_random = None, list[str]()
+    moments: dict[str, Moments] | str = ""
     if project.strategy != "random":
         asked = compositions if compositions is not None else {project.composition: names}
         moved = write(dry_run=True).moved if reallocate else ()
-        moments = _find_moments(
-            project, asked, moved, lambda: write(dry_run=True), dry_run, say, quiet, at_random.append
-        )
-    if moments is None:
+        moments = _find_moments(project, asked, moved, lambda: write(dry_run=True), dry_run, say, quiet)
+    if isinstance(moments, str):
         found = write(dry_run)
-        for why in at_random:
-            say(f"indices are drawn at random, since {why}")
+        if moments:
+            say(f"indices are drawn at random, since {moments}")
         return found
     settings |= {"strategy": "isolated", "moments": moments}
     found = write(dry_run)
@@ -109,19 +107,17 @@ def _find_moments(
     dry_run: bool,
     say: Say,
     quiet: Callable[[], None],
-    on_random: Callable[[str], object],
-) -> dict[str, Moments] | None:
+) -> dict[str, Moments] | str:
     """What was measured of any task; of those that get indices now, and of those that these meet, it is if need be.
 
     Args:
         asked: compositions and the tasks that shall be in them.
         moved: tasks that will be given other indices than they hold.
-        on_random: told why indices are not chosen by moments, where the project leaves that open.
         check: refuses what cannot be allocated; called before anybody is asked to measure for it.
 
     Returns:
-        {} where nobody gets any: no moments are read then. None where some are missing and the project leaves it open
-        how indices are chosen.
+        {} where nobody gets any: no moments are read then. Where the project leaves it open how indices are chosen, and
+        moments are not what they have to be, why; "" for a task that meets nobody.
     """
     model = project.model_name
     registry = existing(project)
@@ -144,13 +140,12 @@ def _find_moments(
     needed = new.union(*(tasks for tasks in members.values() if not tasks.isdisjoint(new)))
     missing = sorted(needed - found.keys())
     if missing and project.strategy == "auto":
-        if len(needed) > 1:
-            names = ",".join(missing)
-            on_random(
-                f"there are no moments of {', '.join(missing)}: `multisbora measure --tasks {names}` first, or "
-                "--strategy isolated, and they are chosen so that tasks stay out of each other's way"
-            )
-        return None
+        if len(needed) == 1:
+            return ""
+        return (
+            f"there are no moments of {', '.join(missing)}: `multisbora measure --tasks {','.join(missing)}` first, or "
+            "--strategy isolated, and they are chosen so that tasks stay out of each other's way"
+        )
     if missing:
         check()
     absent = [task for task in missing if task not in recipe_names(Path(project.recipes))]
@@ -169,8 +164,7 @@ def _find_moments(
     else:  # nothing is fetched for this: the weights of a large model are hours away
         base_fingerprint = found[min(new)].base_fingerprint
     if project.strategy == "auto" and any(found[task].base_fingerprint != base_fingerprint for task in needed):
-        on_random("the moments of these tasks are not all of this base model")
-        return None
+        return "the moments of these tasks are not all of this base model"
     for task in sorted(found):
         if task in needed:
             found[task].check_base(base_fingerprint)

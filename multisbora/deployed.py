@@ -20,7 +20,7 @@ from .recipe import load
 from .registry import Registry
 from .registry.replay import digests
 from .shares import model_name
-from .weights import GivenWeights, TaskWeight, parse_weights, read_weights
+from .weights import GivenWeights, TaskWeight
 
 if TYPE_CHECKING:
     from .change import Edit
@@ -289,8 +289,8 @@ def _weight(task: str, given: Sequence[str], file: Path | None) -> TaskWeight | 
     Raises:
         UsageError: --weight is of another task, or the file has none of this one.
     """
-    from_file = read_weights(file) if file else {}
-    told = parse_weights(given, from_file)
+    weights = GivenWeights.read(given, file)
+    from_file, told = weights.from_file, weights.options
     if others := sorted(set(told) - {task}):
         raise UsageError(f"--weight is given for {', '.join(others)}, --task names {task}: one task at a time")
     if file and task not in from_file and task not in told:

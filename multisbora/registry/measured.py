@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import sqlalchemy as sa
 
 from ..errors import DataError, RegistryError
@@ -181,8 +180,8 @@ def measured(connection: sa.Connection, model: str) -> dict[str, Measured]:
     return dict(sorted(found.items()))
 
 
-def channels(connection: sa.Connection, model: str, task: str) -> dict[str, npt.NDArray[np.int32]]:
-    """The input channels of each block of a task's moments: module -> (n,), {} where it was not measured."""
+def channels(connection: sa.Connection, model: str, task: str) -> dict[str, list[int]]:
+    """The input channels of each block of a task's moments, by module; {} where it was not measured."""
     rows = connection.execute(
         sa.select(matrices.c.module, sa.type_coerce(moments.c.channels, _BYTES))
         .join(matrices, matrices.c.id == moments.c.matrix_id)
@@ -190,7 +189,7 @@ def channels(connection: sa.Connection, model: str, task: str) -> dict[str, npt.
         .join(models, models.c.id == measurements.c.model_id)
         .where(models.c.name == model, measurements.c.task == task)
     )
-    return {module: np.frombuffer(stored, INTS) for module, stored in rows if isinstance(stored, bytes)}
+    return {module: np.frombuffer(stored, INTS).tolist() for module, stored in rows if isinstance(stored, bytes)}
 
 
 def block_channels(reader: Reader, model: str, task: str) -> dict[str, list[int]]:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
-import numpy as np
 import sqlalchemy as sa
 
 from ..errors import AllocationError, RegistryError, UsageError
@@ -181,7 +180,7 @@ class Registry:
         with self.reading() as ledger:
             wanted = measured.block_channels(ledger, model, task)
             there = measured.channels(ledger.connection, model, task)
-        return any(not set(at) <= set(there.get(name, np.zeros(0)).tolist()) for name, at in wanted.items())
+        return any(not set(at) <= set(there.get(name, ())) for name, at in wanted.items())
 
     def events(self) -> list[Event]:
         """The history of the store, oldest first."""
