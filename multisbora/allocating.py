@@ -13,7 +13,7 @@ from .geometry import Geometry
 from .hub import find_here, local_folder
 from .journal import reading
 from .lifecycle import existing, resolve_targets, write_registry
-from .moments import Moments
+from .moments import Moments, keep_beside
 from .names import check_name
 from .project import Project
 from .recipe import names as recipe_names
@@ -225,17 +225,23 @@ def _say_what_is_kept(registry: Registry, model: str, tasks: Collection[str], sa
 
 
 def survey_tasks(
-    project: Project, tasks: Sequence[str], rows: int, text: Path | None, say: Say, overrides: Sequence[str] = ()
+    project: Project,
+    tasks: Sequence[str],
+    rows: int,
+    text: Path | None,
+    say: Say,
+    overrides: Sequence[str] = (),
+    trained: bool = False,
 ) -> Survey:
     """What `measure_tasks` would measure: rows, tokens and channels of each task, without its model.
 
     Raises:
-        UsageError, DataError: as `measure_tasks`.
+        UsageError, AdapterError, DataError: as `measure_tasks` and `measure_trained`.
     """
     from .survey import Survey
 
     with existing(project) or contextlib.nullcontext() as registry:
-        return Survey.of(project, registry, tasks, rows=rows, text=text, say=say, overrides=overrides)
+        return Survey.of(project, registry, tasks, rows=rows, text=text, say=say, overrides=overrides, trained=trained)
 
 
 def measure_tasks(
@@ -283,6 +289,33 @@ def measure_tasks(
             on_measured(moments)
             found[moments.task] = moments.without_blocks()
     return found
+
+
+def measure_trained(
+    project: Project,
+    tasks: Sequence[str],
+    rows: int,
+    text: Path | None,
+    say: Say,
+    quiet: Callable[[], None],
+    on_measured: Callable[[Moments], None],
+    overrides: Sequence[str] = (),
+) -> None:
+    """Measure tasks' rows through their own adapters, into the adapters' folders: what a corrected merge goes by.
+
+    Args:
+        as of `measure_tasks`; a text is refused.
+
+    Raises:
+        AdapterError: a task has no adapter, or one of another base or of other claims.
+        UsageError, DataError: as `measure_tasks`; or an adapter's folder that cannot be written.
+    """
+    quiet()
+    survey = survey_tasks(project, tasks, rows, text, say, overrides, trained=True)
+    with reading(survey.base, say=say):
+        for moments in survey.measure(say):
+            keep_beside(project.adapter(moments.task), moments)
+            on_measured(moments)
 
 
 def _keep(registry: Registry, geometry: Geometry, moments: Moments | None) -> None:

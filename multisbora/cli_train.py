@@ -95,6 +95,9 @@ def measure(
     text: Annotated[
         Path | None, typer.Option("--text", help="Plain text file that stands for the rows of tasks that have none.")
     ] = None,
+    trained: Annotated[
+        bool, typer.Option("--trained", help="Through each task's own adapter, for merge --method corrected.")
+    ] = False,
     set_: Set = None,
     as_json: Json = False,
     dry_run: DryRun = False,
@@ -102,7 +105,8 @@ def measure(
     """Measure what tasks' rows send through the base model, into the registry: what allocation and training go by.
 
     One pass over the base, before a task is allocated or after it. Blocks of channels are measured for the claims that
-    there are; when tasks join a composition, `allocate` measures again where the rows are here.
+    there are; when tasks join a composition, `allocate` measures again where the rows are here. --trained measures once
+    more after training, into the adapters' folders, which a corrected merge then goes by.
     """
     from . import allocating
     from .commands import quiet_libraries
@@ -125,7 +129,9 @@ def measure(
 
     if dry_run:
         quiet_libraries()
-        found = allocating.survey_tasks(project, names, rows, text, say, set_ or []).to_json()
+        found = allocating.survey_tasks(project, names, rows, text, say, set_ or [], trained).to_json()
+    elif trained:
+        allocating.measure_trained(project, names, rows, text, say, quiet_libraries, note, set_ or [])
     else:
         allocating.measure_tasks(
             project,

@@ -160,3 +160,20 @@ class Measured:
         for adapter in adapters:
             if adapter.base_fingerprint is not None:
                 self.moments[adapter.task].check_base(adapter.base_fingerprint)
+
+    def check_digests(self, adapters: Mapping[str, str]) -> None:
+        """Refuse moments that went through other adapters than those of the tasks.
+
+        Args:
+            adapters: task -> digest of its adapter.
+
+        Raises:
+            DataError: some did.
+        """
+        for task, digest in adapters.items():
+            found = self.moments[task]
+            if found.adapter not in (None, digest):
+                raise DataError(
+                    f"the moments of task {task} went through another adapter than the one that is merged: run "
+                    f"multisbora {found.command} where its rows are"
+                )

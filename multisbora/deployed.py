@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from .errors import AdapterError, CheckpointError, UsageError, VerificationError
 from .journal import reading
 from .layout import parse_size
 from .lifecycle import required
+from .moments import Moments, read_beside
 from .project import PROJECT_FILE, Project
 from .recipe import load
 from .registry import Registry
@@ -25,7 +26,6 @@ from .weights import GivenWeights, TaskWeight
 if TYPE_CHECKING:
     from .change import Edit
     from .difference import Difference
-    from .moments import Moments
     from .receipt import Receipt
     from .verify import Proof
 
@@ -100,7 +100,9 @@ def merge_tasks(
             registry.task(project.model_name, task, project.composition)
         with registry.reading() as reader:
             known = {task: digests(reader, project.model_name, task) for task in chosen}
-        moments = _moments(registry, project, chosen) if method == "corrected" else None
+        moments = None
+        if method == "corrected":
+            moments = _moments(registry, project, {task: project.adapter(task) for task in chosen}, {}, say)
     weights = given.of(chosen, say, "merged")
     for task in chosen:
         if not project.adapter(task).is_dir():
@@ -143,10 +145,29 @@ def merge_tasks(
     return Merged(receipt, 2 * seconds if dry_run else None)
 
 
-def _moments(registry: Registry, project: Project, tasks: Iterable[str]) -> dict[str, Moments]:
-    """The moments that a registry has of tasks; what is missing, the merge says."""
-    found = {task: registry.moments(project.model_name, task) for task in tasks}
-    return {task: moments for task, moments in found.items() if moments is not None}
+def _moments(
+    registry: Registry, project: Project, folders: Mapping[str, Path], sources: Mapping[str, str], say: Say
+) -> dict[str, Moments]:
+    """The moments of tasks: those beside their adapters, or else those of the registry. What is missing, the merge
+    says.
+
+    Args:
+        folders: task -> its adapter.
+        sources: task -> the source that its moments must have, see `moments.Moments`, where not any will do.
+    """
+    found: dict[str, Moments] = {}
+    for task, folder in folders.items():
+        moments = read_beside(folder) if sources.get(task, "adapter") == "adapter" else None
+        moments = moments or registry.moments(project.model_name, task)
+        if moments is not None:
+            found[task] = moments
+    if before := [task for task, moments in found.items() if moments.adapter is None and task not in sources]:
+        names = ",".join(before)
+        say(
+            f"{names}: moments of the base alone, without the adapter that was trained on it. `multisbora measure "
+            f"--trained --tasks {names}` where the rows are, and the merge is better for it"
+        )
+    return found
 
 
 def _whole_modules(project: Project, tasks: Sequence[str]) -> dict[str, str]:
@@ -211,7 +232,9 @@ def add_task(
                 f"{task}: go to the project's folder"
             )
         with required(project, task) as registry:
-            moments = _moments(registry, project, (*receipt.tasks, task))
+            sources = {name: told.source for name, told in receipt.correction.tasks.items()}
+            folders = {name: project.adapter(name) for name in sources} | {task: folder}
+            moments = _moments(registry, project, folders, sources, say)
     edit = add(
         path,
         folder,

@@ -1,8 +1,8 @@
 """What a task's rows send through the matrices of a base model, see `moments`: one pass forward and back over them.
 
-The base is frozen and nobody's adapter is on it. The loss is a sum over answer tokens, so the gradient at a token is
-that of its own row's loss, in whatever batch it stands. The p-th token of an answer counts 1 / p, see
-`probe.opening_loss`; of a text that stands for a task all tokens count alike, each as an answer of its own.
+The base is frozen, and nobody's adapter is on it, or the task's own alone. The loss is a sum over answer tokens, so
+the gradient at a token is that of its own row's loss, in whatever batch it stands. The p-th token of an answer counts
+1 / p, see `probe.opening_loss`; of a text that stands for a task all tokens count alike, each as an answer of its own.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .adapter import Adapter
 from .attention import use_packed_attention
 from .dataset import Example
 from .errors import DataError, GeometryError
 from .geometry import Geometry, Names
-from .loading import load_base
+from .loading import load_base, load_model
 from .moments import FLOATS, INTS, Moments, Site
 from .probe import BATCH_TOKENS, Say, batches, opening_loss
 from .quantization import widen
 from .trainer import answer_loss
+from .tuner import SboraLayer
 from .untrusted import open_file
 from .view import Kind
 
@@ -44,6 +46,7 @@ def measure(
     modules: Sequence[str] | None = None,
     channels: Mapping[str, Sequence[int]] | None = None,
     source: Literal["task", "text"] = "task",
+    adapter: str | None = None,
     tokens: int = BATCH_TOKENS,
 ) -> Moments:
     """The moments of some examples on a base model, which stays as it is.
@@ -52,13 +55,14 @@ def measure(
     batch changes roundings alone.
 
     Args:
-        model: as `load_model` gives it; a transformers model, no PeftModel.
+        model: as `load_model` gives it; a transformers model, or the one in a PeftModel, adapter and all.
         task: whose examples they are.
         geometry: of the model; its names are those of `modules`, `channels` and the answer.
         base_fingerprint: `stream.fingerprint` of the checkpoint.
         modules: those to measure; None: every matrix that is a linear layer of the live model.
         channels: module -> input channels of its block; none where it is not named.
         source: "text" where the examples stand for those of the task.
+        adapter: digest of the adapter that is on the model, which the task's examples go through.
         tokens: of a batch, see `probe.batches`.
 
     Raises:
@@ -78,8 +82,8 @@ def measure(
             loss = opening_loss(outputs, batch) if source == "task" else answer_loss(outputs, batch.labels, 1)
             if not torch.isfinite(loss):
                 raise DataError(
-                    f"task {task}: the base model's loss on its rows is {float(loss.detach())}, nothing can be "
-                    "measured: check the base's weights with `multisbora eval`"
+                    f"task {task}: the {'base model' if adapter is None else 'adapter'}'s loss on its rows is "
+                    f"{float(loss.detach())}, nothing can be measured: check the weights with `multisbora eval`"
                 )
             loss.backward()
     total = sum(len(example.input_ids) for example in examples)
@@ -91,7 +95,8 @@ def measure(
                 f"task {task}: what its rows send through {module} is not finite: load the base in another dtype, or "
                 "check its weights"
             )
-    return Moments(task, base_fingerprint, geometry.digest, len(examples), total, sites, source)
+    told = source if adapter is None else "adapter"
+    return Moments(task, base_fingerprint, geometry.digest, len(examples), total, sites, told, adapter)
 
 
 def find_layers(model: Any, geometry: Geometry, modules: Sequence[str] | None = None) -> dict[str, nn.Module]:
@@ -103,7 +108,12 @@ def find_layers(model: Any, geometry: Geometry, modules: Sequence[str] | None = 
     Raises:
         GeometryError: the model has no such layer, or none at all.
     """
-    live = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
+    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, SboraLayer)}
+    live = adapted | {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and name.removesuffix(".base_layer") not in adapted
+    }
     names = Names(live)
     chosen = geometry.matrices if modules is None else [geometry.find(module) for module in modules]
     found: dict[str, nn.Module] = {}
@@ -133,6 +143,21 @@ def open_base(folder: Path, quantization: Kind | None, say: Say) -> Any:
     use_packed_attention(model)
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
+    return model.eval()
+
+
+def open_trained(folder: Path, adapter: Adapter, say: Say) -> Any:
+    """A base model with one task's adapter on it, as it was trained, to measure.
+
+    Raises:
+        CheckpointError, AdapterError: as `load_model`.
+    """
+    found, _ = load_model(adapter.path, folder, say=say)
+    model = found.get_base_model()
+    if model.dtype == torch.float16:
+        say("the base is fp16, whose gradients vanish without loss scaling: measuring in fp32")
+        widen(model)
+    use_packed_attention(model)
     return model.eval()
 
 

@@ -123,6 +123,7 @@ def merge(
         measured = Measured(moments or {}, [adapter.task for adapter in loaded])
         if not allow_base_mismatch:
             measured.check_adapters(loaded)
+        measured.check_digests({adapter.task: adapter.digest for adapter in loaded})
         every = [share for found in shares.values() for share in found]
         corrected = correct_all(every, measured.rows, RIDGE if ridge is None else float(ridge), measured.block)
         shares = {}

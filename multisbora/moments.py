@@ -2,8 +2,9 @@
 loudly any update of a matrix would speak on them.
 
 For one matrix, x is what it gets for a token, (in,), and g the gradient of the task's loss at what it puts out, (out,),
-both of the base model alone; in that loss the p-th token of an answer counts 1 / p (`probe.opening_loss`). With
-w = |g|^2 a token, the moments are sums over the tokens of a row, as means over a task's rows:
+both of the base model alone, or with the task's own trained adapter on it; in that loss the p-th token of an answer
+counts 1 / p (`probe.opening_loss`). With w = |g|^2 a token, the moments are sums over the tokens of a row, as means
+over a task's rows:
 
     energy    w x_c^2, for each input channel c
     block     w x_c x_d, for the input channels c and d that somebody claimed
@@ -19,8 +20,10 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,12 +33,14 @@ import safetensors.numpy
 from .errors import DataError, UsageError
 from .header import MAX_NAME
 from .names import check_name
-from .untrusted import MAX_JSON_BYTES, is_plain, parse_json, shown
+from .publish import write_whole
+from .untrusted import MAX_JSON_BYTES, is_plain, open_file, parse_json, shown
 
 FORMAT = 1
 # Of fb tasks all that a matrix gets counts, not only some columns: a block of more channels takes too much room.
 WIDEST = 4096
-SOURCES = ("task", "text")
+SOURCES = ("task", "text", "adapter")
+MOMENTS_FILE = "multisbora_moments.safetensors"  # beside an adapter: of its rows, through it
 FLOATS = np.dtype("<f4")  # as stored
 INTS = np.dtype("<i4")
 Floats = npt.NDArray[np.float32]
@@ -85,8 +90,10 @@ class Moments:
         base_fingerprint: of the base model that they went through.
         geometry_digest: of its geometry.
         rows, tokens: how many there were.
-        source: "task", or "text" where the task had no rows of its own and some other text stood for them.
+        source: "task"; "text" where the task had no rows of its own and some other text stood for them; or "adapter",
+            its rows through the base with its adapter on it.
         sites: module -> its moments.
+        adapter: digest of that adapter, as in `Adapter`.
     """
 
     task: str
@@ -96,20 +103,26 @@ class Moments:
     tokens: int
     sites: Mapping[str, Site] = field(repr=False)
     source: str = "task"
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         check_name(self.task)
         counts = (self.rows, self.tokens)
         if not all(type(count) is int and count > 0 for count in counts) or self.source not in SOURCES:
             raise self._damaged(f"{shown(self.rows)} rows, {shown(self.tokens)} tokens, source {shown(self.source)}")
+        if (self.source == "adapter") != (self.adapter is not None):
+            raise self._damaged(f"source {self.source}, adapter {shown(self.adapter)}")
         for module, site in self.sites.items():
             if fault := _fault(site):
                 raise self._damaged(f"{module}: {fault}")
 
     def _damaged(self, what: str) -> DataError:
-        return DataError(
-            f"the moments of task {self.task} are damaged ({what}): run multisbora measure --tasks {self.task} anew"
-        )
+        return DataError(f"the moments of task {self.task} are damaged ({what}): run multisbora {self.command} anew")
+
+    @property
+    def command(self) -> str:
+        """What measures them."""
+        return f"measure {'' if self.adapter is None else '--trained '}--tasks {self.task}"
 
     def without_blocks(self) -> Moments:
         """The same, of which no block is left: what allocation needs, in a small part of the room."""
@@ -125,7 +138,7 @@ class Moments:
         if self.base_fingerprint != base_fingerprint:
             raise DataError(
                 f"the moments of task {self.task} were measured on another base model: "
-                f"run multisbora measure --tasks {self.task} on this one"
+                f"run multisbora {self.command} on this one"
             )
 
     def block(self, module: str, channels: Sequence[int] | npt.NDArray[Any]) -> Floats:
@@ -145,7 +158,7 @@ class Moments:
             missing = "the matrix" if module not in self.sites else f"{error.args[0]} of {len(channels)} channels"
             raise DataError(
                 f"the moments of task {self.task} lack {missing} in {module}, claimed since they were measured: "
-                f"run multisbora measure --tasks {self.task} where its rows are"
+                f"run multisbora {self.command} where its rows are"
             ) from None
 
     def to_bytes(self) -> bytes:
@@ -163,11 +176,12 @@ class Moments:
             "rows": self.rows,
             "tokens": self.tokens,
             "source": self.source,
+            **({} if self.adapter is None else {"adapter": self.adapter}),
         }
         return safetensors.numpy.save(tensors, {_HEAD: json.dumps(head, sort_keys=True)})
 
     @classmethod
-    def from_bytes(cls, content: bytes, where: str) -> Moments:
+    def from_bytes(cls, content: bytes | mmap.mmap, where: str) -> Moments:
         """What `to_bytes` gave, whoever made it: the bytes are believed in nothing. Copies no block.
 
         Args:
@@ -178,11 +192,12 @@ class Moments:
         """
         try:
             tensors, head = _parse(content)
-            keys = ("task", "base_fingerprint", "geometry_digest", "rows", "tokens", "source")
+            keys = ["task", "base_fingerprint", "geometry_digest", "rows", "tokens", "source"]
+            keys += ["adapter"] if "adapter" in head else []
             if head.get("format") != FORMAT or head.keys() != {"format", *keys}:
                 raise ValueError(f"its head is not that of format {FORMAT}")
-            kinds = (str, str, str, int, int, str)
-            if [type(head[key]) for key in keys] != list(kinds):
+            kinds = (str, str, str, int, int, str, str)
+            if [type(head[key]) for key in keys] != list(kinds[: len(keys)]):
                 raise ValueError("its head has something else than names and counts")
             sites = {module: Site(*parts) for module, parts in _sites(tensors).items()}
             return cls(**{key: head[key] for key in keys}, sites=sites)
@@ -192,6 +207,39 @@ class Moments:
             raise DataError(
                 f"{where} holds no moments that can be used, {error}: run multisbora measure anew"
             ) from None
+
+
+def keep_beside(adapter: Path, moments: Moments) -> None:
+    """Put the moments of a task's rows through its adapter into the adapter's folder, in the place of older ones.
+
+    Raises:
+        DataError: they cannot be written.
+    """
+    path = adapter / MOMENTS_FILE
+    try:
+        write_whole(path, moments.to_bytes())
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def read_beside(adapter: Path) -> Moments | None:
+    """The moments in an adapter's folder, whoever put them there; None where there are none.
+
+    Raises:
+        DataError: the file cannot be read, or holds no moments through an adapter.
+    """
+    path = adapter / MOMENTS_FILE
+    try:
+        with open_file(path) as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # an empty file has no map
+        raise DataError(f"{path} cannot be read: {error}") from None
+    found = Moments.from_bytes(content, str(path))
+    if found.adapter is None:
+        raise DataError(f"{path} holds moments of the base model alone: run multisbora measure --trained anew")
+    return found
 
 
 def _fault(site: Site) -> str:
@@ -214,7 +262,7 @@ def _fault(site: Site) -> str:
     return ""
 
 
-def _parse(content: bytes) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+def _parse(content: bytes | mmap.mmap) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """Arrays and head of a safetensors file that holds nothing else.
 
     Raises:

@@ -96,7 +96,7 @@ class _KeptTask(_Part):
     size: _Count
     rows: _Count
     tokens: _Count
-    source: Literal["task", "text"]
+    source: Literal["task", "text", "adapter"]
 
 
 class _Correction(_Part):

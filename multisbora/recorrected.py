@@ -82,6 +82,10 @@ class _Again:
         if move.told is None:
             self.measured = Measured(moments or {}, [*correction.tasks, move.task])
             self.measured.check_base(deployed.receipt.base_fingerprint)
+            digests = {task: entry.adapter_digest for task, entry in deployed.receipt.tasks.items()}
+            if move.entry is not None:
+                digests[move.task] = move.entry.adapter_digest
+            self.measured.check_digests(digests)
             for task, rows in self.rows.items():
                 if self.measured.rows[task] != rows:
                     raise self._measured_anew(task)

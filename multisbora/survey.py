@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from .adapter import Adapter
 from .dataset import Example, check_length, load_rows
-from .errors import DataError, UsageError
+from .errors import AdapterError, DataError, UsageError
 from .geometry import Geometry
 from .loading import load_config, load_tokenizer
-from .measure import CHUNK, find_layers, measure, open_base, text_examples
+from .measure import CHUNK, find_layers, measure, open_base, open_trained, text_examples
 from .moments import Moments
 from .names import check_name
 from .probe import probe
@@ -19,6 +20,8 @@ from .project import Project
 from .recipe import Recipe, load, names
 from .registry import Registry
 from .registry.measured import block_channels
+from .registry.replay import digests
+from .shares import check_claims
 from .stream import fingerprint
 from .view import Kind
 
@@ -34,6 +37,7 @@ class Subject:
         source: whether the examples are its own or a text's.
         channels: module -> input channels of its block, see `registry.measured.block_channels`.
         quantization: how the base is quantised while the task trains, and is measured.
+        adapter: of the task, which its rows go through; None: through the base alone.
     """
 
     task: str
@@ -41,6 +45,7 @@ class Subject:
     source: Literal["task", "text"]
     channels: dict[str, list[int]] = field(repr=False)
     quantization: Kind | None = None
+    adapter: Adapter | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,7 @@ class Survey:
         text: Path | None,
         say: Say,
         overrides: Sequence[str] = (),
+        trained: bool = False,
     ) -> Survey:
         """Find everything that can be found without the model.
 
@@ -75,15 +81,19 @@ class Survey:
             rows: how many of each task at most.
             text: a file that stands for the rows of tasks that have none.
             overrides: of the tasks' recipes, see `recipe.load`.
+            trained: through each task's own adapter.
 
         Raises:
-            UsageError: no task, no rows, or a task without a recipe and no text.
+            UsageError: no task, no rows, or a task without a recipe and no text; or a text for trained tasks.
+            AdapterError: a trained task has no adapter, or one of another base or of other claims.
             DataError: a task's rows are missing or do not fit its recipe or the model, or the text cannot be read.
         """
         if rows < 1:
             raise UsageError(f"{rows} rows are none: measure one at least")
         if not tasks:
             raise UsageError("no task to measure: name some with --tasks")
+        if trained and text is not None:
+            raise UsageError("--text stands for rows before training, and --trained is of rows after it: take one")
         base = project.base(say)
         geometry = project.base_geometry(base)
         config, tokenizer = load_config(base), load_tokenizer(base)
@@ -93,7 +103,8 @@ class Survey:
             examples, source, quantization = _examples(recipe, task, config, tokenizer, rows, text, say)
             if len(examples) < min(rows, FEW):
                 say(f"task {task} has {len(examples)} rows to measure, few to tell it from others by: {FEW} or more do")
-            subjects.append(Subject(task, examples, source, {}, quantization))
+            adapter = _adapter(project, registry, task) if trained else None
+            subjects.append(Subject(task, examples, source, {}, quantization, adapter))
         if text is not None and all(subject.source == "task" for subject in subjects):
             say(f"{text} is not used: all of these tasks have rows of their own")
         if registry is not None:
@@ -111,7 +122,7 @@ class Survey:
             subject.task: {
                 "rows": len(subject.examples),
                 "tokens": sum(len(example.input_ids) for example in subject.examples),
-                "source": subject.source,
+                "source": subject.source if subject.adapter is None else "adapter",
                 "matrices": sum(not matrix.is_expert for matrix in self.geometry.matrices),
                 "channels": sum(map(len, subject.channels.values())),
             }
@@ -130,9 +141,12 @@ class Survey:
         loaded: Kind | None = None
         lacking: set[str] = set()
         for subject in self.subjects:
-            if model is None or subject.quantization != loaded:
+            if model is None or subject.adapter is not None or subject.quantization != loaded:
                 model = None  # before the next one takes its room
-                model, loaded = open_base(self.base, subject.quantization, say), subject.quantization
+                if subject.adapter is None:
+                    model, loaded = open_base(self.base, subject.quantization, say), subject.quantization
+                else:
+                    model = open_trained(self.base, subject.adapter, say)
                 live = find_layers(model, self.geometry)
                 lacking = {matrix.module for matrix in self.geometry.matrices} - live.keys()
             if lost := sorted(subject.channels.keys() & lacking):
@@ -145,7 +159,24 @@ class Survey:
                 base_fingerprint=base_fingerprint,
                 channels=subject.channels,
                 source=subject.source,
+                adapter=None if subject.adapter is None else subject.adapter.digest,
             )
+
+
+def _adapter(project: Project, registry: Registry | None, task: str) -> Adapter:
+    """A task's trained adapter.
+
+    Raises:
+        AdapterError: there is none, or it is damaged or of other claims.
+    """
+    folder = project.adapter(task)
+    if not folder.is_dir():
+        raise AdapterError(f"{folder} does not exist: `multisbora train --task {task}` first, or leave --trained out")
+    found = Adapter.read(folder)
+    if registry is not None:
+        with registry.reading() as reader:
+            check_claims([found], {task: digests(reader, project.model_name, task)})
+    return found
 
 
 def _recipe(project: Project, task: str, text: Path | None, overrides: Sequence[str]) -> Recipe | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from builders import edit_json
 from commands import Run, assert_refused
@@ -13,7 +15,9 @@ from faults import tree
 
 from multisbora.kept import FOLDER
 from multisbora.lifecycle import required
+from multisbora.moments import MOMENTS_FILE, Moments, keep_beside, read_beside
 from multisbora.project import Project
+from multisbora.survey import Survey
 
 
 def test_measured_merged_and_edited(trained: Path, run: Run) -> None:
@@ -52,6 +56,72 @@ def test_measured_merged_and_edited(trained: Path, run: Run) -> None:
     wrong = run("verify", "both")
     assert wrong.code == 3
     assert "corrected values are no solution" in wrong.err
+
+
+def test_measured_through_the_adapters(trained: Path, run: Run) -> None:
+    """Into their folders, where the corrected merge looks first."""
+    told = run("measure", "--trained", "--tasks", "adding,doubling", "--rows", "8", "--json").json
+    assert [task["source"] for task in told.values()] == ["adapter", "adapter"]
+    assert run("status", "--json").json["tasks"]["adding"]["measured"] == 0
+    merged = run("merge", "--output", "both", "--method", "corrected")
+    assert merged.code == 0 and "base alone" not in merged.err
+    kept = json.loads((Path("both") / "multisbora_receipt.json").read_text())["corrected"]["tasks"]
+    assert [task["source"] for task in kept.values()] == ["adapter", "adapter"]
+    assert run("verify", "both").code == 0
+
+    before = tree(Path("both"))
+    assert run("remove", "both", "--task", "doubling").code == 0
+    assert run("add", "both", "--task", "doubling").code == 0
+    assert tree(Path("both")) == before
+
+    assert run("measure", "--tasks", "adding,doubling", "--rows", "8").code == 0
+    beside = Path("adapters/doubling") / MOMENTS_FILE
+    through = beside.read_bytes()
+    beside.unlink()
+    mixed = run("merge", "--output", "mixed", "--method", "corrected")
+    assert mixed.code == 0 and "doubling: moments of the base alone" in mixed.err and "adding:" not in mixed.err
+    assert "measure --trained --tasks doubling" in mixed.err
+    assert run("verify", "mixed").code == 0
+    assert tree(Path("mixed")) != before
+    assert run("remove", "both", "--task", "doubling").code == 0
+    again = run("add", "both", "--task", "doubling")
+    assert again.code == 0 and "doubling: moments of the base alone" in again.err
+    assert tree(Path("both")) == tree(Path("mixed"))
+
+    found = Moments.from_bytes(through, "x")
+    keep_beside(beside.parent, replace(found, adapter="0" * 64))
+    stale = run("merge", "--output", "stale", "--method", "corrected")
+    assert_refused(stale, 1, "doubling went through another adapter", "measure --trained --tasks doubling")
+    beside.write_bytes(replace(found, source="task", adapter=None).to_bytes())
+    stale = run("merge", "--output", "stale", "--method", "corrected")
+    assert_refused(stale, 1, MOMENTS_FILE, "of the base model alone")
+    beside.write_bytes(b"")
+    assert_refused(run("merge", "--output", "stale", "--method", "corrected"), 1, MOMENTS_FILE, "cannot be read")
+
+
+def test_the_moments_through_an_adapter_are_those_of_its_merge(trained: Path, run: Run) -> None:
+    assert run("measure", "--trained", "--tasks", "adding", "--rows", "8").code == 0
+    assert run("merge", "--output", "one", "--tasks", "adding").code == 0
+    found = read_beside(Path("adapters/adding"))
+    project = Project.load()
+    with required(project) as registry:
+        survey = Survey.of(project, registry, ["adding"], rows=8, text=None, say=lambda message: None)
+    (expected,) = replace(survey, base=Path("one")).measure(lambda message: None)
+    assert found is not None and found.sites.keys() == expected.sites.keys()
+    for module, site in found.sites.items():
+        other = expected.sites[module]
+        assert site.channels.tolist() == other.channels.tolist()
+        for one, two in ((site.energy, other.energy), (site.response, other.response), (site.block, other.block)):
+            np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5 * np.abs(two).max(initial=0))
+
+
+def test_what_cannot_be_measured_through_an_adapter(trained: Path, run: Run) -> None:
+    Path("text").write_text("some words")
+    text = run("measure", "--trained", "--tasks", "adding", "--text", "text")
+    assert_refused(text, 2, "--text stands for rows before training", progress=True)
+    shutil.rmtree("adapters/doubling")
+    missing = run("measure", "--trained", "--tasks", "doubling")
+    assert_refused(missing, 1, "adapters/doubling does not exist", "multisbora train --task doubling", progress=True)
 
 
 def test_flags_that_do_not_fit(trained: Path, run: Run) -> None:

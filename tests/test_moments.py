@@ -114,10 +114,12 @@ BLOCK = site().block
         ({"rows": 0}, "0 rows"),
         ({"tokens": -1}, "-1 tokens"),
         ({"source": "guess"}, "source guess"),
+        ({"source": "adapter"}, "adapter None"),
+        ({"adapter": "3" * 64}, "source task"),
     ],
 )
 def test_what_cannot_be(changes: dict[str, Any], words: str) -> None:
-    refused(lambda: moments(**changes), DataError, "task math are damaged", words, "multisbora measure --tasks math")
+    refused(lambda: moments(**changes), DataError, "task math are damaged", words, "multisbora measure", "--tasks math")
 
 
 def test_a_name_that_no_task_has() -> None:
@@ -128,6 +130,9 @@ def test_bytes_and_back() -> None:
     found = moments(source="text")
     assert_same(Moments.from_bytes(found.to_bytes(), "x"), found)
     assert found.to_bytes() == moments(source="text").to_bytes()
+    through = moments(source="adapter", adapter="3" * 64)
+    assert_same(Moments.from_bytes(through.to_bytes(), "x"), through)
+    refused(lambda: through.check_base("blake3:2"), DataError, "multisbora measure --trained --tasks math")
 
 
 def rewritten(**changes: Any) -> bytes:

@@ -245,7 +245,7 @@ def _correction(entry: dict[str, Any]) -> ToldCorrection:
     for task, told in entry["tasks"].items():
         _keys(told, {"digest", "size", "rows", "tokens", "source"})
         _is(told["rows"], int), _is(told["tokens"], int)
-        if not _DIGEST.fullmatch(told["digest"]) or told["source"] not in ("task", "text"):
+        if not _DIGEST.fullmatch(told["digest"]) or told["source"] not in ("task", "text", "adapter"):
             raise ValueError("what the receipt tells of a kept file is no such thing")
         files[_task_name(task)] = ToldKept(told["digest"], _is(told["size"], int))
     ridge = _number(entry["ridge"])
