@@ -4,13 +4,21 @@ A plain merge writes D = sum_i lambda_i D_i into a matrix, D_i = s_i * (what tas
 asked for, and also what the inputs of every other task get. Here D is what serves all tasks best. With M_i the second
 moments of what the rows of task i send into the matrix (`moments.Moments`), it minimises
 
-    sum_i omega_i trace((D - lambda_i D_i) M_i (D - lambda_i D_i)') + rho |D - sum_i lambda_i D_i|^2
+    sum_i omega_i trace((D - a_i D_i) M_i (D - a_i D_i)') + rho |D - sum_i a_i D_i|^2
 
 over all D that are zero but for owned cells. omega_i = 1 / trace(D_i M_i D_i') measures each task by what its own
-update does on its own rows, and rho = ridge * (mean diagonal of sum_i omega_i M_i) pulls towards the plain merge where
-the moments say little. Each row of a matrix is a problem of its own over the cells that anybody owns in it, so fa and
-fb are one case: where tasks own columns, a row's cells are those of all of them; a row that a task owns by fb is solved
-over all its input channels, and the other tasks want nothing there.
+update does on its own rows, and rho = ridge * (mean diagonal of sum_i omega_i M_i) pulls towards the sum of all where
+the moments say little.
+
+Were a_i = lambda_i, tasks that want different things of the same inputs would each get less than they asked for, in all
+matrices alike, and that adds up over the layers. So they ask for more: along its own update, on its own rows, each task
+is to be heard in D as loud as its lambda says. With heard_i = omega_i trace(D M_i D_i'), which is linear in a,
+
+    a minimises |heard - lambda|^2 + ridge |a - lambda|^2
+
+and a_i - lambda_i is the task's excess. Each row of a matrix is a problem of its own over the cells that anybody owns
+in it, so fa and fb are one case: where tasks own columns, a row's cells are those of all of them; a row that a task
+owns by fb is solved over all its input channels, and the other tasks want nothing there.
 
 A task has no say in matrices where its lambda is 0, nor where its update cannot be heard on its own rows (omega would
 be infinite). A task that has a matrix for itself gets there, bit for bit, what the plain merge gives it.
@@ -31,6 +39,7 @@ from .errors import MergeError, UsageError
 from .region import Region
 
 RIDGE = 0.01
+_ROWS = 1024  # of a matrix that are solved together
 Places = npt.NDArray[np.intp]
 Doubles = npt.NDArray[np.float64]
 
@@ -76,7 +85,20 @@ def channels(regions: Iterable[Region], in_features: int) -> Places:
     return np.flatnonzero(owned)
 
 
-def correct(wishes: Sequence[Wish], shape: tuple[int, int], ridge: float, what: str) -> dict[str, np.ndarray]:
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What serves all tasks of one matrix best; of tasks whose lambda is not 0.
+
+    Attributes:
+        values: task -> fp32 in the layout of its own, with lambda and scaling in them, zero in excluded cells.
+        excess: task -> a - lambda, see above; an fp32 number.
+    """
+
+    values: dict[str, np.ndarray]
+    excess: dict[str, np.float32]
+
+
+def correct(wishes: Sequence[Wish], shape: tuple[int, int], ridge: float, what: str) -> Solution:
     """The values that serve all tasks of one matrix best: solved in fp64, rounded once.
 
     Args:
@@ -85,16 +107,13 @@ def correct(wishes: Sequence[Wish], shape: tuple[int, int], ridge: float, what: 
         ridge: as above, positive.
         what: what a message calls the matrix.
 
-    Returns:
-        task -> fp32 values in the layout of its own, with lambda and scaling in them, zero in excluded cells. Tasks
-        whose lambda is 0 are left out.
-
     Raises:
         MergeError: the equations are singular in fp64.
     """
     heard = sorted((wish for wish in wishes if wish.weight), key=lambda wish: wish.task)
     with np.errstate(over="ignore"):
-        plain = {wish.task: delta(wish.values, wish.scaling, wish.weight) for wish in heard}
+        values = {wish.task: delta(wish.values, wish.scaling, wish.weight) for wish in heard}
+    plain = Solution(values, {wish.task: np.float32(0) for wish in heard})
     if len(heard) < 2:
         return plain
     known = channels((wish.region for wish in wishes), shape[1])
@@ -108,13 +127,21 @@ def correct(wishes: Sequence[Wish], shape: tuple[int, int], ridge: float, what: 
     if not rho:
         return plain
     found = {wish.task: np.zeros_like(wish.values) for wish in heard}
+    groups = list(_groups(updates, len(used)))
+    loud: Doubles = np.zeros((len(updates), len(updates)))
     with np.errstate(over="ignore", invalid="ignore"):
-        for rows, own in _groups(updates, len(used)):
-            left, right = _equations(updates, total, rho, rows, own)
-            _hand_out(updates, _solved(left, right, ridge, what), rows, own, found)
-    if not all(np.isfinite(values).all() for values in found.values()):
+        for rows, own in groups:
+            left, rights, told = _equations(updates, total, rho, rows, own)
+            parts = _solved(left, rights.reshape(-1, len(own)), ridge, what).reshape(rights.shape)
+            loud += np.tensordot(told, parts, ((1, 2), (1, 2)))
+        excess = _excess(loud, np.array([update.weight for update in updates]), ridge)
+        amounts = [update.weight + float(more) for update, more in zip(updates, excess, strict=True)]
+        for rows, own in groups:  # again: the parts of all of them together take too much room
+            left, rights, _ = _equations(updates, total, rho, rows, own)
+            _hand_out(updates, _solved(left, np.tensordot(amounts, rights, 1), ridge, what), rows, own, found)
+    if not np.isfinite(excess).all() or not all(np.isfinite(values).all() for values in found.values()):
         raise _singular(what, ridge)
-    return found
+    return Solution(found, dict(zip(found, excess, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +149,8 @@ class _Update:
     """One wish among the n channels that all wishes use.
 
     Attributes:
-        wanted: (m, k) lambda * s * values, of those rows of the matrix and channels at which it has values.
+        wanted: (m, k) s * values, of those rows of the matrix and channels at which it has values.
+        weight: lambda.
         rows: (out,) which row of `wanted` each row of the matrix is, -1 for none.
         columns: (k,) which of the n channels each of its columns is.
         source: (k,) which column of the values each of them is.
@@ -134,6 +162,7 @@ class _Update:
 
     task: str
     wanted: Doubles
+    weight: float
     rows: Places
     columns: Places
     source: Places
@@ -159,12 +188,12 @@ class _Update:
         block = wish.block[np.ix_(inner, inner)]
         energy = float(((update @ block[np.ix_(columns, columns)].astype(np.float64)) * update).sum())
         omega = 1 / energy if energy > 0 and math.isfinite(1 / energy) else 0.0
-        return cls(wish.task, wish.weight * update, rows, columns, source, is_open, mine, block, omega)
+        return cls(wish.task, update, wish.weight, rows, columns, source, is_open, mine, block, omega)
 
 
 def _groups(updates: Sequence[_Update], size: int) -> Iterator[tuple[Places, Places]]:
-    """Rows of the matrix in which the same channels are owned: (the rows, those channels); rows of nobody are left
-    out."""
+    """Rows of the matrix in which the same channels are owned, some at a time: (the rows, those channels); rows of
+    nobody are left out."""
     pattern, kind = np.unique(np.stack([update.open for update in updates]), axis=1, return_inverse=True)
     together: dict[bytes, list[int]] = {}
     for number, owners in enumerate(pattern.T):
@@ -175,25 +204,47 @@ def _groups(updates: Sequence[_Update], size: int) -> Iterator[tuple[Places, Pla
     for owned_bytes, numbers in together.items():
         own = np.flatnonzero(np.frombuffer(owned_bytes, bool))
         if len(own):
-            yield np.flatnonzero(np.isin(kind.reshape(-1), numbers)), own
+            rows = np.flatnonzero(np.isin(kind.reshape(-1), numbers))
+            yield from ((rows[first : first + _ROWS], own) for first in range(0, len(rows), _ROWS))
 
 
 def _equations(
     updates: Sequence[_Update], total: Doubles, rho: float, rows: Places, own: Places
-) -> tuple[Doubles, Doubles]:
-    """left (n, n) and right (rows, n) of D left = right, over the channels `own` of some rows."""
+) -> tuple[Doubles, Doubles, Doubles]:
+    """D left = sum_i a_i right_i, over the channels `own` of some rows.
+
+    Returns:
+        left (n, n); right (tasks, rows, n); and omega_i D_i M_i, (tasks, rows, n), along which a task is heard.
+    """
     left = total[np.ix_(own, own)]
     left[np.diag_indices_from(left)] += rho
-    right: Doubles = np.zeros((len(rows), len(own)))
+    told: Doubles = np.zeros((len(updates), len(rows), len(own)))
     place = np.full(len(total), -1)
     place[own] = np.arange(len(own))
-    for update in updates:
+    for number, update in enumerate(updates):
         here = np.flatnonzero(update.rows[rows] >= 0)
         part = update.wanted[update.rows[rows[here]]]  # (rows, k), zero where somebody else owns the cell
-        right[here] += update.omega * (part @ update.block[np.ix_(update.columns, own)].astype(np.float64))
+        told[number, here] = update.omega * (part @ update.block[np.ix_(update.columns, own)].astype(np.float64))
+    right = told.copy()
+    for number, update in enumerate(updates):
+        here = np.flatnonzero(update.rows[rows] >= 0)
         inside = place[update.columns] >= 0
-        right[np.ix_(here, place[update.columns[inside]])] += rho * part[:, inside]
-    return left, right
+        part = update.wanted[update.rows[rows[here]]]
+        right[number][np.ix_(here, place[update.columns[inside]])] += rho * part[:, inside]
+    return left, right, told
+
+
+def _excess(loud: Doubles, weights: Doubles, ridge: float) -> npt.NDArray[np.float32]:
+    """a - lambda, (tasks,).
+
+    Args:
+        loud: (tasks, tasks), how loud the first is heard in what the second asks for.
+    """
+    if not np.isfinite(loud).all():
+        return np.full(len(weights), np.nan, np.float32)
+    left = loud.T @ loud + ridge * np.eye(len(loud))
+    found: npt.NDArray[np.float32] = np.linalg.solve(left, loud.T @ (weights - loud @ weights)).astype(np.float32)
+    return found
 
 
 def _solved(left: Doubles, right: Doubles, ridge: float, what: str) -> Doubles:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .adapter import Adapter, AdapterModule
-from .correct import Places, Wish, channels, correct
+from .correct import Places, Solution, Wish, channels, correct
 from .errors import DataError
 from .geometry import Matrix, Names
-from .kept import CORRECTED, MOMENTS, VALUES, Contents, Correction, KeptTask, square, triangle
+from .kept import CORRECTED, EXCESS, MOMENTS, VALUES, Contents, Correction, KeptTask, square, triangle
 from .moments import Moments
 from .shares import Share
 
@@ -47,7 +47,7 @@ def correct_all(
     measured: Mapping[str, Rows],
     ridge: float,
     blocks: Blocks,
-    known: Callable[[Matrix], Mapping[str, np.ndarray] | None] = lambda matrix: None,
+    known: Callable[[Matrix], Solution | None] = lambda matrix: None,
 ) -> Corrected:
     """Correct every matrix.
 
@@ -55,7 +55,7 @@ def correct_all(
         shares: what the tasks trained, of all tasks in all matrices.
         measured: task -> what its moments are of.
         blocks: asked for the moments where several tasks own cells of one matrix.
-        known: the corrected values of a matrix that stays as it was; None where it is to be solved.
+        known: the solution of a matrix that stays as it was; None where it is to be solved.
 
     Raises:
         DataError: moments are missing.
@@ -68,21 +68,24 @@ def correct_all(
     arrays: dict[str, dict[str, np.ndarray]] = {task: {} for task in measured}
     for name, found in together.items():
         matrix = found[0].matrix
-        values = known(matrix)
+        solution = known(matrix)
         upper: dict[str, np.ndarray] = {}
         if len(found) > 1:
             at = channels((share.trained.region for share in found), matrix.in_features)
             upper = {share.task: triangle(blocks(share, at)) for share in found}
-        if values is None:
-            values = _solved(found, upper, ridge)
+        if solution is None:
+            solution = _solved(found, upper, ridge)
         for share in found:
             kept = arrays[share.task]
             kept[f"{VALUES}/{name}"] = share.trained.values
             if share.task in upper:
                 kept[f"{MOMENTS}/{name}"] = upper[share.task]
             if share.weight:
-                kept[f"{CORRECTED}/{name}"] = values[share.task]
-                trained = AdapterModule(share.trained.region, values[share.task], 1.0)
+                values = solution.values[share.task]
+                kept[f"{CORRECTED}/{name}"] = values
+                if share.task in upper:
+                    kept[f"{EXCESS}/{name}"] = np.array([[solution.excess[share.task]]], np.float32)
+                trained = AdapterModule(share.trained.region, values, 1.0)
                 share = replace(share, trained=trained, weight=1.0)
             merged[share.task].append(share)
     contents = [Contents(task, arrays[task]) for task in sorted(arrays)]
@@ -94,8 +97,8 @@ def correct_all(
     return Corrected(merged, contents, Correction(ridge, kept_tasks))
 
 
-def _solved(found: Sequence[Share], upper: Mapping[str, np.ndarray], ridge: float) -> dict[str, np.ndarray]:
-    """The corrected values of one matrix; of a task that has it alone there are no moments."""
+def _solved(found: Sequence[Share], upper: Mapping[str, np.ndarray], ridge: float) -> Solution:
+    """The solution of one matrix; of a task that has it alone there are no moments."""
     wishes = [
         Wish(
             task=share.task,

@@ -2,7 +2,8 @@
 
 Each holds, for every matrix that the task owns cells in, what it trained there ("values/<cells>") and what was merged
 instead ("corrected/<cells>", where its lambda is not 0); and where other tasks own cells of that matrix too, the second
-moments of its rows at all their channels ("moments/<cells>": the upper triangle, row by row). All is fp32.
+moments of its rows at all their channels ("moments/<cells>": the upper triangle, row by row), and how much more it
+asked for than its lambda ("excess/<cells>", one number, where that is not 0). All is fp32.
 
 A file's name has the digest of its content. So an edit in place writes new files beside the old ones, and the receipt
 says which of them count.
@@ -31,7 +32,7 @@ from .publish import sync_folder
 from .undo import CellsFile
 
 FOLDER = "multisbora_corrected"
-VALUES, CORRECTED, MOMENTS = "values", "corrected", "moments"
+VALUES, CORRECTED, MOMENTS, EXCESS = "values", "corrected", "moments", "excess"
 _CHUNK = 4 << 20
 _F32 = np.dtype("<f4")
 
@@ -171,6 +172,11 @@ class KeptFile:
     def corrected(self, name: str, shape: tuple[int, int]) -> np.ndarray:
         """The same of what was merged instead."""
         return self.file.read(f"{CORRECTED}/{name}", shape, _F32)
+
+    def excess(self, name: str) -> np.float32:
+        """The same of how much more the task asked for than its lambda, see `correct`."""
+        found: np.float32 = self.file.read(f"{EXCESS}/{name}", (1, 1), _F32)[0, 0]
+        return found
 
     def moments(self, name: str, size: int) -> np.ndarray:
         """The same of the moments at the `size` channels of the matrix, (size, size)."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from .adapter import AdapterModule
 from .change import Deployed, Move
-from .correct import Places, channels
+from .correct import Places, Solution, channels
 from .corrected import Corrected, Measured, Rows, correct_all
 from .errors import DataError, UsageError
 from .geometry import Matrix
@@ -121,16 +121,16 @@ class _Again:
         )
         return {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
 
-    def known(self, matrix: Matrix) -> Mapping[str, np.ndarray] | None:
-        """The corrected values of a matrix that stays as it is."""
-        name = matrix.cells_name
+    def known(self, matrix: Matrix) -> Solution | None:
+        """The solution of a matrix that stays as it is."""
+        name, held = matrix.cells_name, self.held.get(matrix.cells_name, {})
         if name in self.touched:
             return None
-        return {
-            task: self.files[task].corrected(name, merged.region.values_shape(matrix.shape))
-            for task, merged in self.held[name].items()
-            if merged.weight
-        }
+        heard = {task: merged.region for task, merged in held.items() if merged.weight}
+        return Solution(
+            {task: self.files[task].corrected(name, heard[task].values_shape(matrix.shape)) for task in heard},
+            {task: self.files[task].excess(name) if len(held) > 1 else np.float32(0) for task in heard},
+        )
 
     def block(self, share: Share, at: Places) -> np.ndarray:
         """The moments of a task at some channels: those that were kept, and measured ones at the others."""

@@ -63,20 +63,26 @@ GRID_OF = {"svd": "cat"}  # it cuts off what is left of that sum: lambdas are ch
 
 Wave = tuple[Arm, tuple[str, ...]]
 WAVES: tuple[Wave, ...] = (
-    (FA, FIRST),
-    (FA_BOTH, FIRST),
-    (LORA, SUMS),
-    (FA_ISOLATED, FIRST),
-    (FA_QUIET, FIRST),
-    (FA_BOTH, (*SOLVED, ROOT, MEAN)),
-    (LORA, OTHERS),
-    (OVERLAP, (ONE, GRID)),
+    (FA, (*FIRST, CORRECTED)),
+    (FA_BOTH, (*FIRST, CORRECTED)),
+    (LORA, (*SUMS, *OTHERS)),
+    (FA_ISOLATED, (ONE,)),
+    (FA_QUIET, (ONE,)),
     (JOINT, (ONE,)),
-    (FB, FIRST),
-    (FB_BOTH, FIRST),
-    (OSRM, SUMS),
-    (LORI, SUMS),
-    (FA, (*SOLVED, ROOT, MEAN)),
+    (OVERLAP, (ONE,)),
+    (OSRM, SUMS[:1]),
+    (LORI, SUMS[:1]),
+    (FB_BOTH, (ONE, CORRECTED)),
+    (FB, (ONE, CORRECTED)),
+    (FA_BOTH, (CORRECTED_TUNED, ROOT, MEAN)),
+    (FA, (CORRECTED_TUNED, ROOT, MEAN)),
+    (FA_ISOLATED, FIRST[1:]),
+    (FA_QUIET, FIRST[1:]),
+    (OVERLAP, (GRID,)),
+    (FB, FIRST[1:]),
+    (FB_BOTH, FIRST[1:]),
+    (OSRM, SUMS[1:]),
+    (LORI, SUMS[1:]),
     (LORA, tuple(f"{how} {GRID}" for how in OTHERS)),
     *((arm, SOLVED) for arm in (FA_ISOLATED, FA_QUIET, FB, FB_BOTH)),
     *((arm, FIRST + SOLVED) for arm in (FB_ISOLATED, FB_QUIET)),
@@ -94,14 +100,16 @@ AGAIN: tuple[Wave, ...] = (
     (LORA, OTHERS),
 )
 MANY: tuple[Wave, ...] = (
-    (FA_BOTH, FIRST),
-    (FA, FIRST),
-    (LORA, SUMS + OTHERS),
-    (FA_BOTH, (CORRECTED,)),
+    (FA_BOTH, (ONE, CORRECTED, MEAN)),
+    (FA, (ONE, CORRECTED, MEAN)),
+    (LORA, (SUMS[0], *OTHERS)),
     (JOINT, (ONE,)),
+    (FA_BOTH, (BY_MATRIX,)),
+    (LORA, SUMS[1:]),
     (OVERLAP, (ONE, GRID)),
-    (FA_ISOLATED, (ONE,)),
-    (FA, (CORRECTED, ROOT, MEAN)),
+    (FA_BOTH, (BY_TASK, ROOT)),
+    (FA, (BY_TASK, BY_MATRIX, ROOT)),
+    (FA_ISOLATED, (ONE, CORRECTED)),
     (OSRM, SUMS),
     (LORI, SUMS),
     (FB, (ONE, BY_TASK)),
@@ -278,6 +286,11 @@ class Plan:
         claims = self.claims(arm, group, seed)
         return Run("moments", claims.name, spec, (claims,))
 
+    def through(self, training: Run, group: Sequence[str]) -> Run:
+        """Moments of a task's rows through its adapter, which a corrected merge goes by."""
+        spec = {"rows": self.looked(group), "sizes": asdict(self.setup.sizes)}
+        return Run("through", training.name, spec, (training,))
+
     def training(self, arm: Arm, task: str, group: Sequence[str], seed: int, rate: float) -> Run:
         spec: dict[str, Any] = {"task": task, "seed": seed, "rate": rate, "sizes": asdict(self.setup.sizes)}
         needs: tuple[Run, ...] = ()
@@ -344,7 +357,7 @@ class Plan:
         needs = runs
         if cell.how in SOLVED:
             spec["how"] = CORRECTED
-            needs += (self.moments(cell.arm, EIGHT if len(cell.tasks) > 2 else PAIR, cell.seed),)
+            needs += tuple(self.through(run, EIGHT if len(cell.tasks) > 2 else PAIR) for run in runs)
         elif cell.arm.ours:
             spec["how"] = "live"
             if cell.how in EVEN and cell.how != ONE:

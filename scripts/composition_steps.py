@@ -52,6 +52,7 @@ class Steps:
         does: dict[str, Callable[[Run, int], Answer]] = {
             "claims": self._claims,
             "moments": self._moments,
+            "through": self._through,
             "train": self._train,
             "base": self._base,
             "own": self._own,
@@ -104,6 +105,13 @@ class Steps:
             return {}
         command = ["measure", "--tasks", ",".join(run.spec["tasks"]), "--rows", str(run.spec["rows"])]
         self._multisbora(run, self.work / "claims" / claims.key, command, threads)
+        return {}
+
+    def _through(self, run: Run, threads: int) -> Answer:
+        (training,) = run.needs
+        folder = self.work / "trained" / training.key
+        command = ["measure", "--trained", "--tasks", training.spec["task"], "--rows", str(run.spec["rows"])]
+        self._multisbora(run, folder, command, threads)
         return {}
 
     def _together(self, run: Run, trainings: Sequence[Run]) -> Path:

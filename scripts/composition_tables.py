@@ -83,8 +83,11 @@ class Tables:
         limit = None if size == 2 else self.plan.setup.shown  # rows that merges are looked at on
         if None not in base:
             losses.append(["base", "", "", *(f"{_nll(found, limit):.3f}" for found in base if found)])
+        ways: dict[Arm, dict[str, None]] = {}  # in tables, what belongs to an arm stands together
         for arm, hows in self.plan.waves_of(tasks):
-            for how in hows:
+            ways.setdefault(arm, {}).update(dict.fromkeys(hows))
+        for arm, how_each in ways.items():
+            for how in how_each:
                 cells = [cell for cell in (Cell(tasks, seed, arm, how) for seed in seeds) if self._whole(cell)]
                 if not cells:
                     continue
@@ -191,7 +194,7 @@ class Tables:
             if cell.arm.strategy == "isolated":
                 others |= {need.key: need for run in runs for need in _claims(run)}
             if cell.how.startswith(CORRECTED):
-                others |= {need.key: need for need in self.plan.mix(cell).needs if need.kind == "moments"}
+                others |= {need.key: need for need in self.plan.mix(cell).needs if need.kind == "through"}
             chosen = self.plan.lambdas(cell)
             beside.append(sum(map(self._seconds, others.values())) + (self._seconds(chosen) if chosen else 0))
         return statistics.mean(trained), statistics.mean(beside)

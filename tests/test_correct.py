@@ -63,25 +63,49 @@ def dense(region: Region, values: np.ndarray, shape: tuple[int, int]) -> tuple[n
 
 
 class Oracle:
-    """The sum that a corrected merge makes least, over whole matrices."""
+    """The sum that a corrected merge makes least, over whole matrices.
+
+    Attributes:
+        wanted: what each task asks for, so that it is heard as its lambda says.
+    """
 
     def __init__(self, wishes: Sequence[Wish], shape: tuple[int, int], ridge: float) -> None:
         known = channels((wish.region for wish in wishes), shape[1])
-        heard = [wish for wish in wishes if wish.weight]
-        self.wanted, self.blocks, self.omegas = [], [], []
+        heard = sorted((wish for wish in wishes if wish.weight), key=lambda wish: wish.task)
+        self.trained, self.blocks, self.omegas = [], [], []
         self.owned = np.zeros(shape, bool)
         for wish in heard:
             block = np.zeros((shape[1], shape[1]))
             block[np.ix_(known, known)] = wish.block
             trained, owned = dense(wish.region, wish.values.astype(np.float64) * wish.scaling, shape)
             self.owned |= owned
-            self.wanted.append(wish.weight * trained)
+            self.trained.append(trained)
             self.blocks.append(block)
             energy = np.trace(trained @ block @ trained.T)
             self.omegas.append(1 / energy if energy else 0.0)
         used = channels((wish.region for wish in heard), shape[1])
         total = sum(omega * block for omega, block in zip(self.omegas, self.blocks, strict=True))
         self.rho = ridge * np.trace(total[np.ix_(used, used)]) / len(used)
+        self.weights = np.array([wish.weight for wish in heard])
+        self.amounts = self._amounts(ridge) if self.rho else self.weights
+        self.ask(self.amounts)
+
+    def ask(self, amounts: np.ndarray) -> None:
+        self.wanted = [amount * trained for amount, trained in zip(amounts, self.trained, strict=True)]
+
+    def loud(self, matrix: np.ndarray) -> np.ndarray:
+        """How loud each task is heard in a matrix, along its own update on its own rows."""
+        parts = zip(self.omegas, self.trained, self.blocks, strict=True)
+        return np.array([omega * np.trace(matrix @ block @ trained.T) for omega, trained, block in parts])
+
+    def _amounts(self, ridge: float) -> np.ndarray:
+        columns = []
+        for unit in np.eye(len(self.weights)):
+            self.ask(unit)
+            columns.append(self.loud(self.solve()))
+        left = np.concatenate([np.stack(columns, 1), np.sqrt(ridge) * np.eye(len(columns))])
+        right = np.concatenate([self.weights, np.sqrt(ridge) * self.weights])
+        return np.linalg.lstsq(left, right, rcond=None)[0]
 
     def cost(self, matrix: np.ndarray) -> float:
         cost = self.rho * float(((matrix - sum(self.wanted)) ** 2).sum())
@@ -140,8 +164,10 @@ def test_it_is_the_least_over_all_owned_cells(name: str, ridge: float) -> None:
     wishes = draw_wishes(CASES[name], weights={"b": 0.6, "c": -1.5})
     oracle = Oracle(wishes, SHAPE, ridge)
     expected = oracle.solve()
-    found = whole(wishes, correct(wishes, SHAPE, ridge, "x"), SHAPE)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+    solution = correct(wishes, SHAPE, ridge, "x")
+    np.testing.assert_allclose([*solution.excess.values()], oracle.amounts - oracle.weights, rtol=1e-4, atol=1e-6)
+    found = whole(wishes, solution.values, SHAPE)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6 * np.abs(expected).max())
     assert oracle.cost(found) < oracle.cost(sum(oracle.wanted))
     for sign in (-1, 1):  # and no neighbour is lower
         for cell in np.argwhere(oracle.owned):
@@ -167,9 +193,9 @@ def test_any_tasks_in_any_order(data: st.DataObject) -> None:
         regions[task] = Region(variant, tuple(sorted(own)), tuple(sorted(crossing)))
     weights = {task: data.draw(st.sampled_from([1.0, 0.3, -2.0, 0.0])) for task in regions}
     wishes = draw_wishes(regions, shape=shape, weights=weights, seed=data.draw(st.integers(0, 99)), spread=2.0)
-    found = correct(wishes, shape, RIDGE, "x")
+    found = correct(wishes, shape, RIDGE, "x").values
     assert found.keys() == {task for task, weight in weights.items() if weight}
-    again = correct(data.draw(st.permutations(wishes)), shape, RIDGE, "x")
+    again = correct(data.draw(st.permutations(wishes)), shape, RIDGE, "x").values
     assert all(np.array_equal(found[task], again[task]) for task in found)
     heard = [wish for wish in wishes if wish.weight]
     if len(heard) > 1 and any(wish.values.any() for wish in heard):
@@ -182,25 +208,25 @@ def test_any_tasks_in_any_order(data: st.DataObject) -> None:
 
 def test_a_task_alone_has_what_the_plain_merge_gives_it() -> None:
     (wish,) = draw_wishes({"a": Region("fa", (0, 3))}, weights={"a": 0.7})
-    assert np.array_equal(correct([wish], SHAPE, RIDGE, "x")["a"], delta(wish.values, 0.5, 0.7))
+    assert np.array_equal(correct([wish], SHAPE, RIDGE, "x").values["a"], delta(wish.values, 0.5, 0.7))
     wishes = draw_wishes(CASES["three of columns"], weights={"a": 0.0, "c": 0.0})
-    assert np.array_equal(correct(wishes, SHAPE, RIDGE, "x")["b"], delta(wishes[1].values, 1.5))
+    assert np.array_equal(correct(wishes, SHAPE, RIDGE, "x").values["b"], delta(wishes[1].values, 1.5))
 
 
 def test_a_task_at_lambda_0_has_no_say() -> None:
     wishes = draw_wishes(CASES["three of columns"], weights={"b": 0.0})
-    found = correct(wishes, SHAPE, RIDGE, "x")
+    found = correct(wishes, SHAPE, RIDGE, "x").values
     known, used = (channels((wish.region for wish in some), SHAPE[1]) for some in (wishes, [wishes[0], wishes[2]]))
     inner = np.ix_(*[np.searchsorted(known, used)] * 2)
     without = [replace(wish, block=wish.block[inner]) for wish in (wishes[0], wishes[2])]
-    expected = correct(without, SHAPE, RIDGE, "x")
+    expected = correct(without, SHAPE, RIDGE, "x").values
     assert found.keys() == expected.keys() == {"a", "c"}
     assert all(np.array_equal(found[task], expected[task]) for task in found)
 
 
 def test_a_large_ridge_is_the_plain_merge() -> None:
     wishes = draw_wishes(CASES["crossing twice"])
-    found = correct(wishes, SHAPE, 1e12, "x")
+    found = correct(wishes, SHAPE, 1e12, "x").values
     for wish in wishes:
         np.testing.assert_allclose(found[wish.task], wish.scaling * wish.values, rtol=1e-6, atol=1e-12)
 
@@ -213,7 +239,7 @@ def test_tasks_that_do_not_meet_keep_what_they_have() -> None:
         block = np.zeros_like(wish.block)
         block[np.ix_(own, own)] = wish.block[np.ix_(own, own)]
         apart.append(replace(wish, block=block))
-    found = correct(apart, SHAPE, RIDGE, "x")
+    found = correct(apart, SHAPE, RIDGE, "x").values
     for wish in apart:
         np.testing.assert_allclose(found[wish.task], wish.scaling * wish.values, rtol=1e-6)
 
@@ -228,7 +254,7 @@ def test_the_others_rows_are_spared_and_the_own_ones_served() -> None:
     blocks = [(rows.T @ rows / 200).astype(np.float32) for rows in (x, y)]
     values = np.ones((4, 2), np.float32), np.ones((4, 1), np.float32)
     wishes = [Wish("a", a, values[0], 1.0, 1.0, blocks[0]), Wish("b", b, values[1], 1.0, 1.0, blocks[1])]
-    found = correct(wishes, (4, 3), 1e-6, "x")
+    found = correct(wishes, (4, 3), 1e-6, "x").values
     served = x[:, :2] @ found["a"].T
     np.testing.assert_allclose(served, x[:, :2] @ values[0].T, rtol=0.05)
     assert np.abs(found["a"][:, 1]).max() < 0.1 < 1.9 < np.abs(found["a"][:, 0]).min()
@@ -237,15 +263,15 @@ def test_the_others_rows_are_spared_and_the_own_ones_served() -> None:
 def test_moments_that_say_nothing_leave_the_plain_merge() -> None:
     wishes = draw_wishes(CASES["crossing twice"])
     silent = [replace(wish, block=np.zeros_like(wish.block)) for wish in wishes]
-    for wish, values in zip(silent, correct(silent, SHAPE, RIDGE, "x").values(), strict=True):
+    for wish, values in zip(silent, correct(silent, SHAPE, RIDGE, "x").values.values(), strict=True):
         assert np.array_equal(values, delta(wish.values, wish.scaling, wish.weight))
 
 
 def test_a_task_that_is_silent_on_its_own_rows_has_no_say() -> None:
     wishes = draw_wishes(CASES["two of columns"])
     wishes[1] = replace(wishes[1], values=np.zeros_like(wishes[1].values))
-    found = correct(wishes, SHAPE, RIDGE, "x")
-    alone = correct([*wishes[:1], replace(wishes[1], block=np.zeros_like(wishes[1].block))], SHAPE, RIDGE, "x")
+    found = correct(wishes, SHAPE, RIDGE, "x").values
+    alone = correct([*wishes[:1], replace(wishes[1], block=np.zeros_like(wishes[1].block))], SHAPE, RIDGE, "x").values
     assert all(np.array_equal(found[task], alone[task]) for task in found)
     np.testing.assert_allclose(found["a"], 0.5 * wishes[0].values, rtol=1e-6)
 
@@ -255,7 +281,7 @@ def test_moments_of_few_tokens(rank: int) -> None:
     """Fewer tokens than channels: singular without the ridge, a solution with it."""
     wishes = draw_wishes(CASES["three of columns"], rank=rank)
     oracle = Oracle(wishes, SHAPE, RIDGE)
-    found = whole(wishes, correct(wishes, SHAPE, RIDGE, "x"), SHAPE)
+    found = whole(wishes, correct(wishes, SHAPE, RIDGE, "x").values, SHAPE)
     np.testing.assert_allclose(found, oracle.solve(), rtol=1e-4, atol=1e-5)
     assert np.abs(found).max() < 10 * np.abs(sum(oracle.wanted)).max()
 
@@ -268,7 +294,7 @@ def test_channels_of_very_different_energies() -> None:
     wishes = [replace(wish, block=(wish.block * loud * loud[:, None]).astype(np.float32)) for wish in wishes]
     oracle = Oracle(wishes, SHAPE, RIDGE)
     expected = oracle.solve()
-    found = whole(wishes, correct(wishes, SHAPE, RIDGE, "x"), SHAPE)
+    found = whole(wishes, correct(wishes, SHAPE, RIDGE, "x").values, SHAPE)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 

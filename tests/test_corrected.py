@@ -34,6 +34,7 @@ from multisbora.receipt import Receipt
 from multisbora.stream import fingerprint
 from multisbora.verify import verify
 
+solver = importlib.import_module("multisbora.correct")
 pytestmark = pytest.mark.usefixtures("unsynced")
 
 
@@ -130,7 +131,7 @@ def test_cells_hold_the_corrected_values_and_nothing_else_changed(models: Models
         expected = before[matrix.tensor].to(torch.float32)
         view = expected if matrix.part is None else expected[matrix.part]
         view = view if matrix.orientation == "linear" else view.T
-        for task, values in correct(wishes, matrix.shape, 0.1, module).items():
+        for task, values in correct(wishes, matrix.shape, 0.1, module).values.items():
             own = loaded[task].modules[module]
             lines = list(own.region.indices)
             plain = own.values * np.float32(own.scaling * weights.get(task, 1.0))
@@ -411,6 +412,16 @@ MUTATIONS: dict[str, tuple[Mutation, str, str | None]] = {
         f"^{Q}.weight: .* corrected values are no solution",
         None,
     ),
+    "an excess": (
+        kept("law", one("excess", bump((0, 0), 1.01)), forged=True),
+        f"^{Q}.weight: .* corrected values are no solution",
+        None,
+    ),
+    "no excess": (
+        kept("law", lambda a: a.pop(f"excess/{Q}.weight"), forged=True),
+        f"^{Q}.weight: what is kept of it cannot be used: .*has no excess/{Q}.weight",
+        None,
+    ),
     "moments": (
         kept("chat", one("moments", bump((0, 3), 2.0)), forged=False),
         "^multisbora_corrected/chat-.* is not the file that was kept",
@@ -507,6 +518,25 @@ MUTATIONS: dict[str, tuple[Mutation, str, str | None]] = {
         "no task owns differ|are not those that were merged",
     ),
 }
+
+
+@pytest.mark.parametrize("off", [0.0, 0.999, 1.001])
+def test_values_that_solve_other_amounts_are_caught(
+    merged: Path,
+    base: Path,
+    tasks: dict[str, Path],
+    moments: dict[str, Moments],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    off: float,
+) -> None:
+    """All fits but for how much tasks ask for, which is a little less, or nothing more than lambda."""
+    honest = solver._excess
+    monkeypatch.setattr(solver, "_excess", lambda *args: (off * honest(*args)).astype(np.float32))
+    forged = tmp_path / "forged"
+    merge(base, [*tasks.values()], output=forged, method="corrected", moments=moments)
+    proof = verify(forged, base, [*tasks.values()])
+    assert not proof.ok and "is not the one that it has to have: of a ridge of 0.01" in str(proof.problem)
 
 
 def _bit(folder: Path) -> None:

@@ -198,7 +198,7 @@ def test_arms_differ_in_what_they_say(script: Script, tmp_path: Path) -> None:
     svd = plan.lambdas(names.Cell(names.PAIR, 0, names.LORA, "svd grid"))
     assert svd.key == plan.lambdas(names.Cell(names.PAIR, 0, names.LORA, "cat grid")).key
     both = plan.mix(names.Cell(names.PAIR, 0, names.FA, names.CORRECTED_TUNED))
-    assert [need.kind for need in both.needs] == ["train", "train", "moments", "tune"] and both.spec[
+    assert [need.kind for need in both.needs] == ["train", "train", "through", "through", "tune"] and both.spec[
         "how"
     ] == "corrected"
 

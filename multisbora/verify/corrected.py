@@ -1,12 +1,17 @@
 """What a corrected checkpoint keeps, and whether its values solve the equations that they are said to solve.
 
-Where several tasks own cells of one matrix, a row D of it is the best for all of them at once if, in every owned cell,
+Where several tasks own cells of one matrix, D of it is the best for all of them at once if, in every owned cell,
 
-    D (S + rho) = sum_i lambda_i D_i (omega_i M_i + rho)
+    D (S + rho) = sum_i a_i R_i,        R_i = D_i (omega_i M_i + rho)
 
-with D_i the row that task i trained, scaled; M_i the moments of its rows; omega_i = 1 / trace(D_i M_i D_i') of the
-whole matrix, S = sum_i omega_i M_i, and rho = ridge * mean diagonal of S. Nothing is solved here: what the checkpoint
-keeps is put into the equations, in fp64, and may be wrong by what rounding it to fp32 explains.
+with D_i what task i trained, scaled; M_i the moments of its rows; omega_i = 1 / trace(D_i M_i D_i'), S = sum_i omega_i
+M_i, and rho = ridge * mean diagonal of S. What the checkpoint keeps is put into these equations, in fp64, and may be
+wrong by what rounding it to fp32 explains.
+
+a_i is lambda_i and the excess that is kept. It minimises sum_i (h_i - lambda_i)^2 + ridge (a_i - lambda_i)^2, where
+h_i = omega_i trace(D M_i D_i'), if for every task i
+
+    <R_i, P> + ridge (a_i - lambda_i) = 0,        P (S + rho) = sum_j (h_j - lambda_j) omega_j D_j M_j in owned cells.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from .told import Told
 from .updates import Update
 
 _TOLERANCE = 2.0**-22  # four times what rounding to fp32 does
+_STEADY = 1e-5  # of an excess, which hangs on all values of a matrix
 _ROWS = 1024  # of a matrix that are looked at together
 _CHUNK = 4 << 20
 
@@ -85,7 +91,10 @@ class Kept:
         for name, found in together.items():
             kinds = ["values", *(["moments"] if len(found) > 1 else [])]
             for share in found:
-                own = [*kinds, *([] if share.factor is None else ["corrected"])]
+                own = [
+                    *kinds,
+                    *([] if share.factor is None else ["corrected", *(["excess"] if len(found) > 1 else [])]),
+                ]
                 needed.get(share.task, set()).update(f"{kind}/{name}" for kind in own)
             try:
                 problem = self._unsolved(sorted(found, key=lambda share: share.task), told.correction.ridge, told)
@@ -109,7 +118,7 @@ class Kept:
         terms = []
         for share in heard:
             block = self._block(share, known, heard) if len(heard) > 1 else None
-            terms.append(self._term(share, heard, block, told))
+            terms.append(self._term(share, heard, block, told, len(shares) > 1))
         rho = 0.0
         if len(terms) > 1:
             total = sum((term.omega * term.block for term in terms), torch.zeros(()))
@@ -121,6 +130,8 @@ class Kept:
             window = range(first, min(first + _ROWS, terms[0].out))
             if problem := _residual(terms, left, rho, window, _channels(heard)):
                 return f"{problem}: of a ridge of {ridge:g} and the moments that are kept"
+        if problem := _unheard(terms, left, rho, ridge):
+            return f"{problem}: of a ridge of {ridge:g} and the moments that are kept"
         return None
 
     def _block(self, share: Update, known: torch.Tensor, heard: Sequence[Update]) -> torch.Tensor:
@@ -136,7 +147,9 @@ class Kept:
         inner = torch.searchsorted(known, _channels(heard))
         return block[inner][:, inner]
 
-    def _term(self, share: Update, heard: Sequence[Update], block: torch.Tensor | None, told: Told) -> _Term:
+    def _term(
+        self, share: Update, heard: Sequence[Update], block: torch.Tensor | None, told: Told, shared: bool
+    ) -> _Term:
         assert share.adapter is not None
         used, matrix = _channels(heard), share.matrix
         out = matrix.columns if matrix.transposed else matrix.rows
@@ -157,15 +170,19 @@ class Kept:
         if block is not None:
             energy = float((update @ block[columns][:, columns] * update).sum())
             omega = 1 / energy if energy > 0 and math.isfinite(1 / energy) else 0.0
+        excess = float(self.get(share.task, "excess", share).item()) if shared else 0.0
+        weight = told.tasks[share.task].at(share.module)
         return _Term(
             share=share,
             out=out,
             rows=rows,
             columns=columns,
             owned=owned,
-            wanted=update * told.tasks[share.task].at(share.module),
+            update=update,
+            weight=weight,
+            amount=weight + excess,
             merged=merged[:, source].to(torch.float64),
-            plain=torch.equal(merged, torch.tensor(share.factor, dtype=torch.float32) * trained),
+            plain=not excess and torch.equal(merged, torch.tensor(share.factor, dtype=torch.float32) * trained),
             block=torch.zeros(0, 0) if block is None else block,
             omega=omega,
         )
@@ -191,8 +208,9 @@ class _Term:
         rows: (m,) of the matrix, that its values are of.
         columns: (k,) of the n channels, that they are at.
         owned: (m, k) the cells that are its own.
-        wanted, merged: (m, k) lambda * s * what it trained, and what was merged instead.
-        plain: whether these are the same fp32 numbers.
+        update, merged: (m, k) s * what it trained, and what was merged instead.
+        weight, amount: lambda and a.
+        plain: whether what was merged are the fp32 numbers of a plain merge, and a is lambda.
     """
 
     share: Update
@@ -200,7 +218,9 @@ class _Term:
     rows: torch.Tensor
     columns: torch.Tensor
     owned: torch.Tensor
-    wanted: torch.Tensor
+    update: torch.Tensor
+    weight: float
+    amount: float
     merged: torch.Tensor
     plain: bool
     block: torch.Tensor
@@ -214,16 +234,10 @@ def _plain(term: _Term) -> str | None:
 
 def _residual(terms: Sequence[_Term], left: torch.Tensor, rho: float, window: range, used: torch.Tensor) -> str | None:
     """What is wrong with the values of some rows of a matrix; `used` are its channels."""
-    shape = len(window), len(left)
-    found, right = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-    owner = torch.full(shape, -1)
-    for number, term in enumerate(terms):
-        inside = (term.rows >= window.start) & (term.rows < window.stop)
-        rows, own = term.rows[inside] - window.start, term.owned[inside]
-        at = rows[:, None].expand(own.shape)[own], term.columns.expand(own.shape)[own]
-        found[at], owner[at] = term.merged[inside][own], number
-        right[rows] += term.omega * (term.wanted[inside] @ term.block[term.columns])
-        right[rows[:, None], term.columns] += rho * term.wanted[inside]
+    found, owner = _cells(terms, window, len(left))
+    right = torch.zeros(found.shape, dtype=torch.float64)
+    for term in terms:
+        right += term.amount * sum(_asked(term, rho, window, len(left)))
     off = (found @ left - right).abs()
     # What rounding each value to fp32 can do, subnormal ones included.
     allowed = _TOLERANCE * ((found.abs() + torch.finfo(torch.float32).tiny) @ left.abs() + right.abs())
@@ -233,6 +247,58 @@ def _residual(terms: Sequence[_Term], left: torch.Tensor, rho: float, window: ra
     row, column = (int(index) for index in wrong.nonzero()[0])
     where, whose = place((window.start + row, int(used[column]))), terms[int(owner[row, column])].share.task
     return f"{int(wrong.sum())} corrected values are no solution, first at {where}, owned by {whose}"
+
+
+def _cells(terms: Sequence[_Term], window: range, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What was merged into some rows of a matrix, (rows, n) fp64, and the number of each cell's owner, -1 for none."""
+    found, owner = torch.zeros(len(window), size, dtype=torch.float64), torch.full((len(window), size), -1)
+    for number, term in enumerate(terms):
+        inside = (term.rows >= window.start) & (term.rows < window.stop)
+        rows, own = term.rows[inside] - window.start, term.owned[inside]
+        at = rows[:, None].expand(own.shape)[own], term.columns.expand(own.shape)[own]
+        found[at], owner[at] = term.merged[inside][own], number
+    return found, owner
+
+
+def _asked(term: _Term, rho: float, window: range, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """omega_i D_i M_i and rho D_i of one task, at some rows of a matrix, (rows, n) fp64."""
+    inside = (term.rows >= window.start) & (term.rows < window.stop)
+    rows, update = term.rows[inside] - window.start, term.update[inside]
+    heard, pulled = torch.zeros(2, len(window), size, dtype=torch.float64)
+    heard[rows] = term.omega * (update @ term.block[term.columns])
+    pulled[rows[:, None], term.columns] = rho * update
+    return heard, pulled
+
+
+def _unheard(terms: Sequence[_Term], left: torch.Tensor, rho: float, ridge: float) -> str | None:
+    """Whose excess is not what it has to be for tasks to be heard as loud as their lambdas say."""
+    windows = [range(first, min(first + _ROWS, terms[0].out)) for first in range(0, terms[0].out, _ROWS)]
+    size = len(left)
+    loud = [-term.weight for term in terms]
+    for window in windows:
+        found, _ = _cells(terms, window, size)
+        for number, term in enumerate(terms):
+            loud[number] += float((found * _asked(term, rho, window, size)[0]).sum())
+    slopes, sizes = [0.0] * len(terms), [0.0] * len(terms)
+    for window in windows:
+        owned = _cells(terms, window, size)[1] >= 0
+        parts = [_asked(term, rho, window, size) for term in terms]
+        right = sum((off * part[0] for off, part in zip(loud, parts, strict=True)), torch.zeros(()))
+        patterns, kind = owned.unique(dim=0, return_inverse=True)
+        for number, pattern in enumerate(patterns):
+            own, rows = pattern.nonzero()[:, 0], (kind == number).nonzero()[:, 0]
+            scale = left.diagonal()[own].sqrt()
+            inner = left[own][:, own] / scale / scale[:, None]
+            pushed = torch.linalg.solve(inner, (right[rows][:, own] / scale).T).T / scale
+            for task, part in enumerate(parts):
+                products = (part[0] + part[1])[rows][:, own] * pushed
+                slopes[task] += float(products.sum())
+                sizes[task] += float(products.abs().sum())
+    for term, slope, magnitude in zip(terms, slopes, sizes, strict=True):
+        allowed = _STEADY * (magnitude + ridge * abs(term.amount) + max(abs(other.weight) for other in terms))
+        if not abs(slope + ridge * (term.amount - term.weight)) <= allowed:
+            return f"the excess of {term.share.task}, {term.amount - term.weight:g}, is not the one that it has to have"
+    return None
 
 
 def _channels(shares: Sequence[Update]) -> torch.Tensor:
