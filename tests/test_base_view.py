@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from builders import edit_json, tiny_gpt2, tiny_llama, write_adapter
@@ -21,11 +22,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from multisbora.adapter import Adapter
+from multisbora.dataset import Example
 from multisbora.delta import delta
 from multisbora.errors import AdapterError, MergeError, TrainingError, UsageError
 from multisbora.geometry import from_checkpoint
 from multisbora.loading import load_base, load_model
+from multisbora.measure import measure, open_base, open_trained
 from multisbora.merge import merge
+from multisbora.moments import Site
 from multisbora.quantization import dequantize, describe, quantized_layers, record
 from multisbora.receipt import Receipt
 from multisbora.stream import fingerprint
@@ -124,6 +128,35 @@ def test_the_merged_weights_are_the_live_dequantised_ones_and_the_update(
     assert f"quantised ({receipt.quantization}) and turned back" in " ".join(
         (tmp_path / "out" / "README.md").read_text().split()
     )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("variant", ["fa", "fb"])
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_rows_through_an_adapter_are_rows_through_its_merge(
+    kind: str, variant: str, quantization: Any, tmp_path: Path
+) -> None:
+    base = build(tmp_path / "base", kind, dtype="float32")
+    told = None if quantization is None else record(load_base(base, quantization))
+    adapter = Adapter.read(trained(tmp_path, base, told, variant=variant, target_modules="all-linear"))
+    merge(base, [adapter.path], output=tmp_path / "out")
+    geometry = from_checkpoint(base)
+    options: dict[str, Any] = {"geometry": geometry, "base_fingerprint": "x"}
+    options["channels"] = {module: range(6) for module in adapter.modules}
+    generator = np.random.default_rng(0)
+    examples = [Example(generator.integers(3, 90, 20).tolist(), 8, row) for row in range(3)]
+    model = open_trained(base, adapter, pytest.fail)
+    found = measure(model, examples, "math", adapter=adapter.digest, **options)
+    expected = measure(open_base(tmp_path / "out", None, pytest.fail), examples, "math", **options)
+    assert (found.source, found.adapter) == ("adapter", adapter.digest)
+    assert set(adapter.modules) <= found.sites.keys() == expected.sites.keys()
+    for module, site in found.sites.items():
+        for one, two in zip(parts(site), parts(expected.sites[module]), strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4 * np.abs(two).max(initial=0))
+
+
+def parts(site: Site) -> tuple[np.ndarray, ...]:
+    return site.energy, site.response, site.channels, site.block
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
