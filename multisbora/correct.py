@@ -218,18 +218,15 @@ def _equations(
     """
     left = total[np.ix_(own, own)]
     left[np.diag_indices_from(left)] += rho
-    told: Doubles = np.zeros((len(updates), len(rows), len(own)))
+    told, right = np.zeros((2, len(updates), len(rows), len(own)))
     place = np.full(len(total), -1)
     place[own] = np.arange(len(own))
     for number, update in enumerate(updates):
         here = np.flatnonzero(update.rows[rows] >= 0)
         part = update.wanted[update.rows[rows[here]]]  # (rows, k), zero where somebody else owns the cell
         told[number, here] = update.omega * (part @ update.block[np.ix_(update.columns, own)].astype(np.float64))
-    right = told.copy()
-    for number, update in enumerate(updates):
-        here = np.flatnonzero(update.rows[rows] >= 0)
+        right[number] = told[number]
         inside = place[update.columns] >= 0
-        part = update.wanted[update.rows[rows[here]]]
         right[number][np.ix_(here, place[update.columns[inside]])] += rho * part[:, inside]
     return left, right, told
 

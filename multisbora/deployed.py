@@ -164,8 +164,8 @@ def _moments(
     if before := [task for task, moments in found.items() if moments.adapter is None and task not in sources]:
         names = ",".join(before)
         say(
-            f"{names}: moments of the base alone, without the adapter that was trained on it. `multisbora measure "
-            f"--trained --tasks {names}` where the rows are, and the merge is better for it"
+            f"{names}: moments of the base alone; `multisbora measure --trained --tasks {names}` where the rows are "
+            "measures them through what was trained"
         )
     return found
 

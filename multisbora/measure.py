@@ -137,13 +137,9 @@ def open_base(folder: Path, quantization: Kind | None, say: Say) -> Any:
         CheckpointError: it is no causal language model, is damaged, or lacks tensors.
     """
     model = load_base(folder, quantization)
-    if model.dtype == torch.float16:
-        say("the base is fp16, whose gradients vanish without loss scaling: measuring in fp32")
-        widen(model)
-    use_packed_attention(model)
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
-    return model.eval()
+    return _ready(model, say)
 
 
 def open_trained(folder: Path, adapter: Adapter, say: Say) -> Any:
@@ -153,7 +149,11 @@ def open_trained(folder: Path, adapter: Adapter, say: Say) -> Any:
         CheckpointError, AdapterError: as `load_model`.
     """
     found, _ = load_model(adapter.path, folder, say=say)
-    model = found.get_base_model()
+    return _ready(found.get_base_model(), say)
+
+
+def _ready(model: Any, say: Say) -> Any:
+    """A model that gives gradients, in eval mode."""
     if model.dtype == torch.float16:
         say("the base is fp16, whose gradients vanish without loss scaling: measuring in fp32")
         widen(model)
