@@ -123,7 +123,7 @@ def correct(wishes: Sequence[Wish], shape: tuple[int, int], ridge: float, what: 
     total: Doubles = np.zeros((len(used), len(used)))
     for update in updates:
         total += update.omega * update.block.astype(np.float64)
-    rho = ridge * float(np.trace(total)) / len(used)
+    rho = ridge * float(np.trace(total)) / max(1, len(used))
     if not rho:
         return plain
     found = {wish.task: np.zeros_like(wish.values) for wish in heard}

@@ -213,6 +213,16 @@ def test_a_task_alone_has_what_the_plain_merge_gives_it() -> None:
     assert np.array_equal(correct(wishes, SHAPE, RIDGE, "x").values["b"], delta(wishes[1].values, 1.5))
 
 
+def test_tasks_without_a_cell_of_their_own_have_nothing_to_correct() -> None:
+    """Rows of which somebody else has all columns, and who is not merged."""
+    columns = tuple(range(SHAPE[1]))
+    regions = {"a": Region("fa", columns), "b": Region("fb", (0,), columns), "c": Region("fb", (1,), columns)}
+    solution = correct(draw_wishes(regions, weights={"a": 0.0}), SHAPE, RIDGE, "x")
+    assert solution.values.keys() == {"b", "c"}
+    assert not any(values.any() for values in solution.values.values())
+    assert solution.excess == {"b": 0, "c": 0}
+
+
 def test_a_task_at_lambda_0_has_no_say() -> None:
     wishes = draw_wishes(CASES["three of columns"], weights={"b": 0.0})
     found = correct(wishes, SHAPE, RIDGE, "x").values

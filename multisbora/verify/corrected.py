@@ -122,7 +122,7 @@ class Kept:
         rho = 0.0
         if len(terms) > 1:
             total = sum((term.omega * term.block for term in terms), torch.zeros(()))
-            rho = ridge * float(total.trace()) / len(total)
+            rho = ridge * float(total.trace()) / max(1, len(total))
         if not rho:
             return next((problem for term in terms if (problem := _plain(term))), None)
         left = total + rho * torch.eye(len(total), dtype=torch.float64)
