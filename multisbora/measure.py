@@ -3,6 +3,10 @@
 The base is frozen, and nobody's adapter is on it, or the task's own alone. The loss is a sum over answer tokens, so
 the gradient at a token is that of its own row's loss, in whatever batch it stands. The p-th token of an answer counts
 1 / p, see `probe.opening_loss`; of a text that stands for a task all tokens count alike, each as an answer of its own.
+
+Through its adapter, a task's loss is that of answers drawn from the model, token by token behind the true ones. Squared
+gradients of what a model says itself are how much its words hang on a matrix (the Fisher information); those of true
+answers vanish wherever an adapter is sure of them, however easily it could be talked out of it.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +30,7 @@ from .errors import DataError, GeometryError
 from .geometry import Geometry, Names
 from .loading import load_base, load_model
 from .moments import FLOATS, INTS, Moments, Site
-from .probe import BATCH_TOKENS, Say, batches, opening_loss
+from .probe import BATCH_TOKENS, Batch, Say, batches, opening_loss
 from .quantization import widen
 from .trainer import answer_loss
 from .tuner import SboraLayer
@@ -33,6 +38,7 @@ from .untrusted import open_file
 from .view import Kind
 
 CHUNK = 256  # tokens of a chunk of text
+_DRAWN = 256  # answer tokens that are drawn at a time
 _CHARACTERS = 8  # that a token of a text may have on average; where they are more, fewer chunks are found
 
 
@@ -52,7 +58,7 @@ def measure(
     """The moments of some examples on a base model, which stays as it is.
 
     Sums are fp32, of values in the model's own dtype. The same on one machine and number of threads; another size of
-    batch changes roundings alone.
+    batch changes roundings alone. (Of a drawn answer a rounding may change a word, where two are as good as tied.)
 
     Args:
         model: as `load_model` gives it; a transformers model, or the one in a PeftModel, adapter and all.
@@ -62,7 +68,8 @@ def measure(
         modules: those to measure; None: every matrix that is a linear layer of the live model.
         channels: module -> input channels of its block; none where it is not named.
         source: "text" where the examples stand for those of the task.
-        adapter: digest of the adapter that is on the model, which the task's examples go through.
+        adapter: digest of the adapter that is on the model, which the task's examples go through; their answers are
+            drawn from it then.
         tokens: of a batch, see `probe.batches`.
 
     Raises:
@@ -76,9 +83,12 @@ def measure(
     for module, wanted in (channels or {}).items():
         if module in sums:
             sums[module].block_of(wanted)
+    draws = np.random.default_rng(0)
     with _watching(model, sums):
         for batch in batches(model, examples, tokens):
             outputs = model(**batch.inputs)
+            if adapter is not None:
+                batch = drawn_answers(outputs, batch, draws)
             loss = opening_loss(outputs, batch) if source == "task" else answer_loss(outputs, batch.labels, 1)
             if not torch.isfinite(loss):
                 raise DataError(
@@ -97,6 +107,20 @@ def measure(
             )
     told = source if adapter is None else "adapter"
     return Moments(task, base_fingerprint, geometry.digest, len(examples), total, sites, told, adapter)
+
+
+@torch.no_grad()
+def drawn_answers(outputs: Any, batch: Batch, draws: np.random.Generator) -> Batch:
+    """A batch with answer tokens that are drawn from what the model says there, one draw a token."""
+    answered = batch.places > 0
+    found = []
+    for logits in outputs.logits[answered].split(_DRAWN):  # (tokens, vocabulary)
+        chances = logits.double().softmax(-1).cumsum(-1)
+        draw = torch.from_numpy(draws.random(len(chances))).to(chances.device)[:, None]
+        found.append(torch.searchsorted(chances, draw * chances[:, -1:], right=True)[:, 0])
+    labels = batch.labels.clone()
+    labels[answered] = torch.cat(found).clamp(max=outputs.logits.shape[-1] - 1)
+    return replace(batch, labels=labels)
 
 
 def find_layers(model: Any, geometry: Geometry, modules: Sequence[str] | None = None) -> dict[str, nn.Module]:

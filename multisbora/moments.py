@@ -2,9 +2,9 @@
 loudly any update of a matrix would speak on them.
 
 For one matrix, x is what it gets for a token, (in,), and g the gradient of the task's loss at what it puts out, (out,),
-both of the base model alone, or with the task's own trained adapter on it; in that loss the p-th token of an answer
-counts 1 / p (`probe.opening_loss`). With w = |g|^2 a token, the moments are sums over the tokens of a row, as means
-over a task's rows:
+both of the base model alone, or with the task's own trained adapter on it, and then of answers that the model draws
+(see `measure`); in that loss the p-th token of an answer counts 1 / p (`probe.opening_loss`). With w = |g|^2 a token,
+the moments are sums over the tokens of a row, as means over a task's rows:
 
     energy    w x_c^2, for each input channel c
     block     w x_c x_d, for the input channels c and d that somebody claimed

@@ -147,7 +147,8 @@ def test_rows_through_an_adapter_are_rows_through_its_merge(
     examples = [Example(generator.integers(3, 90, 20).tolist(), 8, row) for row in range(3)]
     model = open_trained(base, adapter, pytest.fail)
     found = measure(model, examples, "math", adapter=adapter.digest, **options)
-    expected = measure(open_base(tmp_path / "out", None, pytest.fail), examples, "math", **options)
+    merged = open_base(tmp_path / "out", None, pytest.fail)
+    expected = measure(merged, examples, "math", adapter=adapter.digest, **options)
     assert (found.source, found.adapter) == ("adapter", adapter.digest)
     assert set(adapter.modules) <= found.sites.keys() == expected.sites.keys()
     for module, site in found.sites.items():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from multisbora.dataset import Example
 from multisbora.errors import DataError, GeometryError
 from multisbora.geometry import Geometry, from_checkpoint
 from multisbora.loading import load_base, load_tokenizer
-from multisbora.measure import CHUNK, find_layers, measure, open_base, text_examples
+from multisbora.measure import CHUNK, drawn_answers, find_layers, measure, open_base, text_examples
 from multisbora.moments import Moments, harm
 
 CHANNELS = (0, 3, 5, 17)
@@ -101,6 +103,34 @@ def test_moments_are_those_of_autograd(
         assert site.channels.tolist() == list(CHANNELS)
         assert close(site.block, part.T @ part / count) and np.array_equal(site.block, site.block.T)
         assert np.allclose(np.diagonal(site.block), site.energy[list(CHANNELS)], rtol=1e-4)
+
+
+def test_answers_through_an_adapter_are_drawn_from_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the true answers are, and in whatever batch they stand."""
+    rows = examples()
+    short = [replace(row, input_ids=[*row.input_ids[:-1], 3]) for row in rows]  # the last token predicts nothing
+    _, _, told = look(folder, rows, adapter="x")
+    _, _, true = look(folder, rows)
+    told_again = [look(folder, rows, adapter="x", tokens=40)[2], look(folder, short, adapter="x")[2]]
+    monkeypatch.setattr(probe, "packs", lambda model: False)
+    told_again.append(look(folder, rows, adapter="x")[2])
+    assert (told.source, told.adapter) == ("adapter", "x")
+    for module, site in told.sites.items():
+        for again in told_again:
+            np.testing.assert_allclose(site.block, again.sites[module].block, rtol=1e-3, atol=1e-4 * site.block.max())
+        assert not np.allclose(site.block, true.sites[module].block, rtol=0.05)
+
+
+def test_drawn_answers_have_the_chances_of_the_model() -> None:
+    """Over many draws the mean squared gradient of a token is p (1 - p) at each logit, the Fisher information."""
+    count, chances = 20_000, torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
+    logits = chances.log().expand(1, count, -1)
+    places = torch.arange(count)[None] % 3  # two of three are of answers
+    batch = probe.Batch({}, torch.where(places > 0, 1, -100), places)
+    drawn = drawn_answers(SimpleNamespace(logits=logits), batch, np.random.default_rng(0))
+    assert torch.equal(drawn.places, places) and (drawn.labels[places == 0] == -100).all()
+    shares = torch.bincount(drawn.labels[places > 0], minlength=5) / int((places > 0).sum())
+    assert shares[1] == 0 and torch.allclose(shares, chances, atol=0.015)
 
 
 def test_harm_is_that_of_an_update_on_these_rows(folder: Path) -> None:
