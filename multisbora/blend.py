@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,11 @@ from .dataset import Example
 from .errors import TrainingError
 from .probe import Batch, batches
 from .trainer import answer_loss
-from .tuner.layer import Mix
+from .tuner.layer import Mix, SboraLayer
 from .tuner.slopes import lambda_slopes
 
 Array = npt.NDArray[np.float64]
+Spreads = Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]  # module -> task -> task -> values, see `correct.spread`
 
 
 class Blend:
@@ -28,17 +29,36 @@ class Blend:
     The model is this object's to change: what was active in it does not come back.
     """
 
-    def __init__(self, model: Any, modules: Sequence[str]) -> None:
+    def __init__(self, model: Any, modules: Sequence[str], spreads: Spreads | None = None) -> None:
         """
         Args:
             model: of `load_model`, with an adapter a task; the tasks go by the order in which they were loaded.
             modules: names of the matrices, in the order of the columns of `lambdas`.
+            spreads: of a corrected merge, by the names of tasks. All tasks together are composed by these, which stay
+                on the model's device, as many times the size of all adapters as there are tasks; one alone is as it was
+                trained.
         """
         self.model = model.get_base_model()
         self.adapters = list(model.peft_config)
         layers = dict(model.base_model.named_layers())
         self.layers = {module: layers[module] for module in modules}
         self._inside: tuple[Array, list[str]] | None = None
+        self._trained: dict[str, dict[str, tuple[Tensor, float]]] = {}
+        self._spreads: dict[str, dict[str, dict[str, Tensor]]] = {}
+        names = {config.task or adapter: adapter for adapter, config in model.peft_config.items()}
+        for module, spread in (spreads or {}).items():
+            layer = self.layers[module]
+            self._spreads[module] = {
+                names[task]: {
+                    names[other]: torch.from_numpy(values).to(layer.sbora_values[names[other]].device)
+                    for other, values in reach.items()
+                }
+                for task, reach in spread.items()
+            }
+            self._trained[module] = {
+                adapter: (values.detach().clone(), layer.scaling[adapter])
+                for adapter, values in layer.sbora_values.items()
+            }
         use_packed_attention(self.model)
         self.model.enable_input_require_grads()
 
@@ -56,9 +76,22 @@ class Blend:
         names = self.adapters if active is None else [self.adapters[task] for task in active]
         if self._inside is not None and self._inside[1] == names and np.array_equal(self._inside[0], lambdas):
             return
-        for layer, column in zip(self.layers.values(), lambdas.T.tolist(), strict=True):
-            layer.mix = Mix(list(names), dict(zip(self.adapters, column, strict=True)))
+        for (module, layer), column in zip(self.layers.items(), lambdas.T.tolist(), strict=True):
+            weights = dict(zip(self.adapters, column, strict=True))
+            if self._spreads:
+                weights = self._solved(module, layer, weights, active is None)
+            layer.mix = Mix(list(names), weights)
         self._inside = lambdas.copy(), names
+
+    @torch.no_grad()
+    def _solved(self, module: str, layer: SboraLayer, weights: dict[str, float], together: bool) -> dict[str, float]:
+        """Put the values of a corrected merge into a layer, or the trained ones; the lambdas that go with them."""
+        for adapter, (trained, scaling) in self._trained[module].items():
+            reach = [(weights[task], found) for task, found in self._spreads[module].items() if adapter in found]
+            values = sum((weight * found[adapter] for weight, found in reach), torch.zeros_like(trained))
+            layer.sbora_values[adapter].copy_(values if together else trained)
+            layer.scaling[adapter] = 1.0 if together else scaling
+        return dict.fromkeys(weights, 1.0) if together else weights
 
     @torch.no_grad()
     def nats(self, rows: Sequence[Batch]) -> Array:
@@ -72,7 +105,7 @@ class Blend:
             TrainingError: the model cannot be differentiated, or not in finite numbers.
         """
         try:
-            with torch.enable_grad(), lambda_slopes(self.layers) as found:
+            with torch.enable_grad(), lambda_slopes(self.layers, self._spreads) as found:
                 loss = self._loss(batch)
                 loss.backward()
         except (RuntimeError, NotImplementedError) as error:

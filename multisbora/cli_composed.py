@@ -67,6 +67,8 @@ def tune(
         float, typer.Option("--regular", min=0, help="How strongly the gradient holds lambdas of one task together.")
     ] = 0.5,
     seed: Annotated[int, typer.Option("--seed", help="Of the search.")] = 0,
+    corrected: Annotated[bool, typer.Option("--corrected", help="For a merge by `--method corrected`.")] = False,
+    ridge: Annotated[float | None, typer.Option("--ridge", help="Of that merge, 0.01 if not given.")] = None,
     weight: Weight = None,
     weights_from: WeightsFrom = None,
     base_view: BaseView = None,
@@ -94,6 +96,7 @@ def tune(
         dry_run,
         quiet_libraries,
         say,
+        corrected,
         by=by,
         method=method,
         rows=rows,
@@ -102,6 +105,7 @@ def tune(
         regular=regular,
         seed=seed,
         base_view=base_view,
+        ridge=ridge,
     )
     show(found.to_json(), as_json, _tuned_lines(found, output))
 
@@ -123,9 +127,10 @@ def _tuned_lines(found: Tuned, output: Path | None) -> list[str]:
     for point in found.front:
         taken = "taken" if point.step == found.chosen.step else ""
         points.append((str(point.step), *(_kept(value) for value in point.retention.values()), taken))
-    end = "--output FILE writes them for `multisbora merge --weights-from`"
+    command = "multisbora merge" + (f" --method corrected --ridge {found.ridge:g}" if found.ridge is not None else "")
+    end = f"--output FILE writes them for `{command} --weights-from`"
     if output is not None:
-        end = f"wrote {output}: `multisbora merge --weights-from {output}`"
+        end = f"wrote {output}: `{command} --weights-from {output}`"
     return [
         "loss of the answers, nats a token; kept: share of the own adapter's gain",
         *table(rows),

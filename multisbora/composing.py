@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .deployed import moments_of
 from .errors import AdapterError, UsageError
 from .journal import reading
 from .lifecycle import required
@@ -78,6 +79,7 @@ def tune_tasks(
     dry_run: bool,
     quiet: Callable[[], None],
     say: Say,
+    corrected: bool = False,
     **settings: Any,
 ) -> Tuned:
     """Tune the lambdas of trained tasks; None takes all that hold claims in the project's composition.
@@ -85,6 +87,7 @@ def tune_tasks(
     Args:
         weight, weights_from: lambdas to start from.
         output: file of weights to make.
+        corrected: for a merge by method corrected, with the moments that it would take.
         settings: of `tune`.
     """
     if output is not None:
@@ -94,6 +97,10 @@ def tune_tasks(
     tasks = _trained(project, tasks)
     recipes = [load(task, Path(project.recipes), overrides) for task in tasks]
     start = given.of(tasks, say, "tuned")
+    moments = None
+    if corrected:
+        with required(project) as registry:
+            moments = moments_of(registry, project, {task: project.adapter(task) for task in tasks}, {}, say)
     base = project.base(say)
     from .tune import tune
 
@@ -104,13 +111,17 @@ def tune_tasks(
             [project.adapter(task) for task in tasks],
             recipes,
             start=start,
+            moments=moments,
             dry_run=dry_run,
             say=say,
             **settings,
         )
     if output is not None and not dry_run:
+        note = f"made by multisbora tune --by {found.by} --method {found.method}"
+        if found.ridge is not None:
+            note += f" --corrected --ridge {found.ridge:g}, for multisbora merge --method corrected"
         with publish_file(output) as path:
-            write_weights(path, found.weights, f"made by multisbora tune --by {found.by} --method {found.method}")
+            write_weights(path, found.weights, note)
     return found
 
 

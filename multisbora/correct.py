@@ -111,37 +111,97 @@ def correct(wishes: Sequence[Wish], shape: tuple[int, int], ridge: float, what: 
         MergeError: the equations are singular in fp64.
     """
     heard = sorted((wish for wish in wishes if wish.weight), key=lambda wish: wish.task)
-    with np.errstate(over="ignore"):
-        values = {wish.task: delta(wish.values, wish.scaling, wish.weight) for wish in heard}
-    plain = Solution(values, {wish.task: np.float32(0) for wish in heard})
-    if len(heard) < 2:
-        return plain
-    known = channels((wish.region for wish in wishes), shape[1])
-    used = channels((wish.region for wish in heard), shape[1])
-    inner = np.searchsorted(known, used)
-    updates = [_Update.of(wish, shape, used, inner) for wish in heard]
-    total: Doubles = np.zeros((len(used), len(used)))
-    for update in updates:
-        total += update.omega * update.block.astype(np.float64)
-    rho = ridge * float(np.trace(total)) / max(1, len(used))
-    if not rho:
-        return plain
-    found = {wish.task: np.zeros_like(wish.values) for wish in heard}
-    groups = list(_groups(updates, len(used)))
-    loud: Doubles = np.zeros((len(updates), len(updates)))
-    with np.errstate(over="ignore", invalid="ignore"):
-        for rows, own in groups:
-            left, rights, told = _equations(updates, total, rho, rows, own)
-            parts = _solved(left, rights.reshape(-1, len(own)), ridge, what).reshape(rights.shape)
-            loud += np.tensordot(told, parts, ((1, 2), (1, 2)))
-        excess = _excess(loud, np.array([update.weight for update in updates]), ridge)
-        amounts = [update.weight + float(more) for update, more in zip(updates, excess, strict=True)]
-        for rows, own in groups:  # again: the parts of all of them together take too much room
-            left, rights, _ = _equations(updates, total, rho, rows, own)
-            _hand_out(updates, _solved(left, np.tensordot(amounts, rights, 1), ridge, what), rows, own, found)
-    if not np.isfinite(excess).all() or not all(np.isfinite(values).all() for values in found.values()):
-        raise _singular(what, ridge)
-    return Solution(found, dict(zip(found, excess, strict=True)))
+    equations = _Equations.of(wishes, heard, shape, ridge, what)
+    if equations is None:
+        with np.errstate(over="ignore"):
+            values = {wish.task: delta(wish.values, wish.scaling, wish.weight) for wish in heard}
+        return Solution(values, {wish.task: np.float32(0) for wish in heard})
+    (solution,) = equations.solve([[wish.weight for wish in heard]])
+    return solution
+
+
+def spread(wishes: Sequence[Wish], shape: tuple[int, int], ridge: float, what: str) -> dict[str, dict[str, np.ndarray]]:
+    """What each task's lambda does to the values of all: they are linear in the lambdas.
+
+    Arguments and errors are those of `correct`. Which tasks have a say is settled by the lambdas that the wishes have:
+    what is found holds for others too, as long as none of them is 0.
+
+    Returns:
+        task i -> task j -> S_ij, fp32 in the layout of j, so that `correct` finds sum_i lambda_i S_ij for j, but for
+        rounding. Where nobody disturbs anybody, S_ij is not there for others than i itself.
+    """
+    heard = sorted((wish for wish in wishes if wish.weight), key=lambda wish: wish.task)
+    equations = _Equations.of(wishes, heard, shape, ridge, what)
+    if equations is None:
+        with np.errstate(over="ignore"):
+            return {wish.task: {wish.task: delta(wish.values, wish.scaling, 1.0)} for wish in heard}
+    found = equations.solve(np.eye(len(heard)).tolist())
+    return {wish.task: solution.values for wish, solution in zip(heard, found, strict=True)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Equations:
+    """The equations of one matrix.
+
+    Attributes:
+        updates: of the tasks that are heard, and `wishes` theirs.
+        total, rho: sum of omega_i M_i, (n, n), and rho.
+        groups: see `_groups`.
+    """
+
+    wishes: Sequence[Wish]
+    updates: Sequence[_Update]
+    total: Doubles
+    rho: float
+    groups: Sequence[tuple[Places, Places]]
+    ridge: float
+    what: str
+
+    @classmethod
+    def of(
+        cls, wishes: Sequence[Wish], heard: Sequence[Wish], shape: tuple[int, int], ridge: float, what: str
+    ) -> _Equations | None:
+        """None where there is nothing to solve, and a plain merge does all that can be done."""
+        if len(heard) < 2:
+            return None
+        known = channels((wish.region for wish in wishes), shape[1])
+        used = channels((wish.region for wish in heard), shape[1])
+        inner = np.searchsorted(known, used)
+        updates = [_Update.of(wish, shape, used, inner) for wish in heard]
+        total: Doubles = np.zeros((len(used), len(used)))
+        for update in updates:
+            total += update.omega * update.block.astype(np.float64)
+        rho = ridge * float(np.trace(total)) / max(1, len(used))
+        return cls(heard, updates, total, rho, list(_groups(updates, len(used))), ridge, what) if rho else None
+
+    def solve(self, weights: Sequence[Sequence[float]]) -> list[Solution]:
+        """The solution for each of some rows of lambdas, which are of the tasks that are heard.
+
+        Raises:
+            MergeError: the equations are singular in fp64.
+        """
+        found = [{wish.task: np.zeros_like(wish.values) for wish in self.wishes} for _ in weights]
+        loud: Doubles = np.zeros((len(self.updates), len(self.updates)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            for rows, own in self.groups:
+                left, rights, told = _equations(self.updates, self.total, self.rho, rows, own)
+                parts = _solved(left, rights.reshape(-1, len(own)), self.ridge, self.what).reshape(rights.shape)
+                loud += np.tensordot(told, parts, ((1, 2), (1, 2)))
+            excesses = [_excess(loud, np.array(row), self.ridge) for row in weights]
+            amounts = np.array(weights, np.float64) + np.array(excesses, np.float64)
+            for rows, own in self.groups:  # again: the parts of all of them together take too much room
+                left, rights, _ = _equations(self.updates, self.total, self.rho, rows, own)
+                right = np.tensordot(amounts, rights, 1)
+                solved = _solved(left, right.reshape(-1, len(own)), self.ridge, self.what).reshape(right.shape)
+                for values, part in zip(found, solved, strict=True):
+                    _hand_out(self.updates, part, rows, own, values)
+        numbers = [*excesses, *(part for values in found for part in values.values())]
+        if not all(np.isfinite(part).all() for part in numbers):
+            raise _singular(self.what, self.ridge)
+        return [
+            Solution(values, dict(zip(values, excess, strict=True)))
+            for values, excess in zip(found, excesses, strict=True)
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +210,6 @@ class _Update:
 
     Attributes:
         wanted: (m, k) s * values, of those rows of the matrix and channels at which it has values.
-        weight: lambda.
         rows: (out,) which row of `wanted` each row of the matrix is, -1 for none.
         columns: (k,) which of the n channels each of its columns is.
         source: (k,) which column of the values each of them is.
@@ -162,7 +221,6 @@ class _Update:
 
     task: str
     wanted: Doubles
-    weight: float
     rows: Places
     columns: Places
     source: Places
@@ -188,7 +246,7 @@ class _Update:
         block = wish.block[np.ix_(inner, inner)]
         energy = float(((update @ block[np.ix_(columns, columns)].astype(np.float64)) * update).sum())
         omega = 1 / energy if energy > 0 and math.isfinite(1 / energy) else 0.0
-        return cls(wish.task, update, wish.weight, rows, columns, source, is_open, mine, block, omega)
+        return cls(wish.task, update, rows, columns, source, is_open, mine, block, omega)
 
 
 def _groups(updates: Sequence[_Update], size: int) -> Iterator[tuple[Places, Places]]:

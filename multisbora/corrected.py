@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .adapter import Adapter, AdapterModule
-from .correct import Places, Solution, Wish, channels, correct
+from .correct import Places, Solution, Wish, channels, correct, spread
 from .errors import DataError
 from .geometry import Matrix, Names
 from .kept import CORRECTED, EXCESS, MOMENTS, VALUES, Contents, Correction, KeptTask, square, triangle
@@ -61,20 +61,14 @@ def correct_all(
         DataError: moments are missing.
         MergeError: the equations of a matrix are singular.
     """
-    together: dict[str, list[Share]] = {}
-    for share in sorted(shares, key=lambda share: share.task):
-        together.setdefault(share.matrix.cells_name, []).append(share)
     merged: dict[str, list[Share]] = {task: [] for task in measured}
     arrays: dict[str, dict[str, np.ndarray]] = {task: {} for task in measured}
-    for name, found in together.items():
+    for found in _by_matrix(shares):
         matrix = found[0].matrix
-        solution = known(matrix)
-        upper: dict[str, np.ndarray] = {}
-        if len(found) > 1:
-            at = channels((share.trained.region for share in found), matrix.in_features)
-            upper = {share.task: triangle(blocks(share, at)) for share in found}
+        name = matrix.cells_name
+        solution, upper = known(matrix), _triangles(found, blocks)
         if solution is None:
-            solution = _solved(found, upper, ridge)
+            solution = correct(_wishes(found, upper), matrix.shape, ridge, name)
         for share in found:
             kept = arrays[share.task]
             kept[f"{VALUES}/{name}"] = share.trained.values
@@ -97,9 +91,45 @@ def correct_all(
     return Corrected(merged, contents, Correction(ridge, kept_tasks))
 
 
-def _solved(found: Sequence[Share], upper: Mapping[str, np.ndarray], ridge: float) -> Solution:
-    """The solution of one matrix; of a task that has it alone there are no moments."""
-    wishes = [
+def spread_all(shares: Iterable[Share], ridge: float, blocks: Blocks) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """How a corrected merge of all matrices hangs on the lambdas, see `correct.spread`.
+
+    Args:
+        shares, ridge, blocks: as for `correct_all`.
+
+    Returns:
+        the module's name, as the first of its tasks has it -> task -> task -> values.
+
+    Raises:
+        As `correct_all`.
+    """
+    return {
+        found[0].module: spread(
+            _wishes(found, _triangles(found, blocks)), found[0].matrix.shape, ridge, found[0].matrix.cells_name
+        )
+        for found in _by_matrix(shares)
+    }
+
+
+def _by_matrix(shares: Iterable[Share]) -> Iterable[list[Share]]:
+    """The shares of each matrix, by task."""
+    together: dict[str, list[Share]] = {}
+    for share in sorted(shares, key=lambda share: share.task):
+        together.setdefault(share.matrix.cells_name, []).append(share)
+    return together.values()
+
+
+def _triangles(found: Sequence[Share], blocks: Blocks) -> dict[str, np.ndarray]:
+    """The moments of the tasks of one matrix, as they are kept; none of a task that has it alone."""
+    if len(found) < 2:
+        return {}
+    at = channels((share.trained.region for share in found), found[0].matrix.in_features)
+    return {share.task: triangle(blocks(share, at)) for share in found}
+
+
+def _wishes(found: Sequence[Share], upper: Mapping[str, np.ndarray]) -> list[Wish]:
+    """What the tasks of one matrix want."""
+    return [
         Wish(
             task=share.task,
             region=share.trained.region,
@@ -110,7 +140,6 @@ def _solved(found: Sequence[Share], upper: Mapping[str, np.ndarray], ridge: floa
         )
         for share in found
     ]
-    return correct(wishes, found[0].matrix.shape, ridge, found[0].matrix.cells_name)
 
 
 class Measured:

@@ -102,7 +102,7 @@ def merge_tasks(
             known = {task: digests(reader, project.model_name, task) for task in chosen}
         moments = None
         if method == "corrected":
-            moments = _moments(registry, project, {task: project.adapter(task) for task in chosen}, {}, say)
+            moments = moments_of(registry, project, {task: project.adapter(task) for task in chosen}, {}, say)
     weights = given.of(chosen, say, "merged")
     for task in chosen:
         if not project.adapter(task).is_dir():
@@ -145,7 +145,7 @@ def merge_tasks(
     return Merged(receipt, 2 * seconds if dry_run else None)
 
 
-def _moments(
+def moments_of(
     registry: Registry, project: Project, folders: Mapping[str, Path], sources: Mapping[str, str], say: Say
 ) -> dict[str, Moments]:
     """The moments of tasks: those beside their adapters, or else those of the registry. What is missing, the merge
@@ -234,7 +234,7 @@ def add_task(
         with required(project, task) as registry:
             sources = {name: told.source for name, told in receipt.correction.tasks.items()}
             folders = {name: project.adapter(name) for name in sources} | {task: folder}
-            moments = _moments(registry, project, folders, sources, say)
+            moments = moments_of(registry, project, folders, sources, say)
     edit = add(
         path,
         folder,

@@ -26,7 +26,7 @@ Walk = Iterator[tuple[int, Array]]
 
 POINTS = 8  # that a walk hands over to be judged
 RATE = 0.05  # what a lambda moves in the first step of a descent, about; the last ones hardly move it
-LOWEST, HIGHEST = 0.0, 2.0  # lambdas that are looked at, with those of the start
+HIGHEST = 2.0  # of the lambdas that are looked at, with those of the start
 DOWN, UP = -1.0, 0.5  # how far a search looks from the start
 SHARPNESS = 0.02  # lost shares as close as this are about equally the worst
 FENCE = 0.0025  # lost shares that are as close to what is allowed feel that it ends
@@ -44,6 +44,7 @@ class Space:
         start: (tasks, matrices) lambdas to begin with.
         present: (tasks, matrices) whether a task has the matrix.
         groups: (matrices,) number of the group that each is in.
+        lowest: of the lambdas that are looked at, those of the start aside.
     """
 
     tasks: tuple[str, ...]
@@ -52,9 +53,12 @@ class Space:
     present: npt.NDArray[np.bool_]
     groups: npt.NDArray[np.int64]
     by: By
+    lowest: float = 0.0
 
     @classmethod
-    def of(cls, modules: Mapping[str, Sequence[str]], weights: Mapping[str, TaskWeight], by: By) -> Space:
+    def of(
+        cls, modules: Mapping[str, Sequence[str]], weights: Mapping[str, TaskWeight], by: By, lowest: float = 0.0
+    ) -> Space:
         """
         Args:
             modules: task -> names of its matrices.
@@ -68,7 +72,7 @@ class Space:
         groups = [number[name] for name in names]
         present = [[name in own for name in names] for own in map(set, modules.values())]
         start = [[weights[task].at(name) for name in names] for task in modules]
-        return cls(tuple(modules), names, np.array(start), np.array(present), np.array(groups), by)
+        return cls(tuple(modules), names, np.array(start), np.array(present), np.array(groups), by, lowest)
 
     @property
     def owned(self) -> npt.NDArray[np.bool_]:
@@ -88,7 +92,7 @@ class Space:
 
     def moved(self, shift: Array) -> Array:
         """Lambdas, (tasks, matrices), that lie `shift` (tasks, groups) from the start: in bounds, and rounded."""
-        low, high = np.minimum(self.start, LOWEST), np.maximum(self.start, HIGHEST)
+        low, high = np.minimum(self.start, self.lowest), np.maximum(self.start, HIGHEST)
         inside: Array = np.clip(self.start + shift[:, self.groups], low, high)
         found: Array = inside.round(PLACES)
         return found

@@ -26,11 +26,14 @@ import torch
 from .adapter import Adapter
 from .blend import Blend, Half
 from .checkpoint import Checkpoint
+from .correct import RIDGE, check_ridge
+from .corrected import Measured, spread_all
 from .dataset import Example
 from .errors import DataError, TrainingError, UsageError
 from .geometry import from_checkpoint
 from .lambdas import Space, descend, require_optuna, search
 from .loading import load_model, load_tokenizer
+from .moments import Moments
 from .probe import BATCH_TOKENS, probe
 from .quantization import widen
 from .recipe import Recipe
@@ -45,6 +48,7 @@ Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 STEP_TOKENS = 1024  # of each task in one step of the gradient
+LEAST_HEARD = 0.01  # lambda of a corrected merge: at 0 a task has no say in it
 LEAST_GAIN = 0.01  # of the base's loss: what share of a smaller gain is lost would be noise
 
 
@@ -100,6 +104,7 @@ class Tuned:
         weights: what to merge with: those of `chosen`, in a dry run the start.
         chosen: the point that was taken; None in a dry run.
         front: the judged points that no other one equals in all tasks and beats in one, the chosen one among them.
+        ridge: of the corrected merge that they are for; None for a plain one.
     """
 
     by: By
@@ -110,12 +115,14 @@ class Tuned:
     tasks: Mapping[str, TunedTask]
     chosen: Point | None = None
     front: tuple[Point, ...] = ()
+    ridge: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "by": self.by,
             "method": self.method,
             "steps": self.steps,
+            "ridge": self.ridge,
             "lambdas": self.lambdas,
             "weights": {task: weight.to_json() for task, weight in self.weights.items()},
             "tasks": {name: asdict(task) for name, task in self.tasks.items()},
@@ -138,6 +145,8 @@ def tune(
     regular: float = 0.5,
     seed: int = 0,
     base_view: str | None = None,
+    moments: Mapping[str, Moments] | None = None,
+    ridge: float | None = None,
     dry_run: bool = False,
     say: Say = lambda message: None,
 ) -> Tuned:
@@ -145,7 +154,8 @@ def tune(
 
     Each is rounded to four places before it is judged, so that what was judged is what `merge` writes with these
     weights: bit for bit on a base as stored, up to the products' rounding on a quantised one, and on an fp16 base up to
-    that of fp16, whose gradient is taken in fp32.
+    that of fp16, whose gradient is taken in fp32. For a corrected merge, which solves anew for every lambda, it is that
+    solution up to rounding: all its values are linear in the lambdas.
 
     A step of "gradient" costs about a training step of all the tasks on `STEP_TOKENS` tokens of each. "search" needs no
     gradients, and optuna; a step of it is a forward over half of the rows.
@@ -163,12 +173,15 @@ def tune(
             their mean), which is free. A matrix of average slope stays within 1/regular of it; 0 pulls not at all.
         seed: of the search.
         base_view: see `load_model`.
+        moments: task -> moments: tune for `merge` by method corrected, with these; None for the plain one.
+        ridge: of that merge; None takes its usual one.
         dry_run: check everything, the model's files too, and compute nothing.
 
     Raises:
         UsageError: an argument that cannot mean anything, a task without a recipe, one with whole modules (which have
             no lambda), too many lambdas, or a search without optuna.
-        DataError: rows that are missing, cut or too few for two halves, or no task that gains anything.
+        DataError: rows or moments that are missing, rows that are cut or too few for two halves, moments of something
+            else, or no task that gains anything.
         AdapterError, MergeError, CheckpointError: what could not be merged either.
         TrainingError: a loss that is not finite, or no gradient to be had.
     """
@@ -177,8 +190,10 @@ def tune(
     names = [adapter.task for adapter in loaded]
     weights = resolve(names, start)
     known = _recipes(names, recipes)
-    _check_composition(Path(base), loaded, weights)
-    space = Space.of({adapter.task: list(adapter.modules) for adapter in loaded}, weights, by)
+    shares = _composition(Path(base), loaded, weights)
+    own = {adapter.task: list(adapter.modules) for adapter in loaded}
+    space = Space.of(own, weights, by, 0.0 if moments is None else LEAST_HEARD)
+    measured, ridge = _correction(loaded, moments, ridge, space.start)
     if method == "search":
         require_optuna()
         if space.size > steps:
@@ -191,11 +206,12 @@ def tune(
     first, *others = (adapter.path for adapter in loaded)
     model, _ = load_model(first, base, others, base_view=base_view, say=say)
     if dry_run:
-        return Tuned(by, method, steps, space.size, weights, {})
+        return Tuned(by, method, steps, space.size, weights, {}, ridge=ridge)
     if method == "gradient" and model.get_base_model().dtype == torch.float16:
         say("the base is float16, whose gradients vanish without loss scaling: lambdas are tuned in float32")
         widen(model)
-    blend = Blend(model, space.modules)
+    spreads = None if measured is None or ridge is None else spread_all(shares, ridge, measured.block)
+    blend = Blend(model, space.modules, spreads)
     learn = Half.measured(blend, [half for half, _ in halves], space.start, STEP_TOKENS)
     judge = Half.measured(blend, [half for _, half in halves], space.start, BATCH_TOKENS)
     gains = _gains(names, learn, judge, say)
@@ -231,7 +247,7 @@ def tune(
         for task, name in enumerate(names)
     }
     front = tuple(point for place, point in enumerate(points) if _is_ahead(nlls[place], nlls))
-    return Tuned(by, method, steps, space.size, points[chosen].weights, tasks, points[chosen], front)
+    return Tuned(by, method, steps, space.size, points[chosen].weights, tasks, points[chosen], front, ridge)
 
 
 # ----------------------------------------------------------------------------------------------------------- judging
@@ -325,8 +341,8 @@ def _recipes(names: Sequence[str], recipes: Sequence[Recipe]) -> dict[str, Recip
     return known
 
 
-def _check_composition(base: Path, loaded: Sequence[Adapter], weights: Mapping[str, TaskWeight]) -> None:
-    """Refuse what `merge` would refuse to compose."""
+def _composition(base: Path, loaded: Sequence[Adapter], weights: Mapping[str, TaskWeight]) -> list[Share]:
+    """What the tasks write into the base; refuses what `merge` would refuse to compose."""
     checkpoint = Checkpoint.open(base)
     geometry = from_checkpoint(base, checkpoint.headers)
     shares: dict[str, list[Share]] = {}
@@ -339,6 +355,33 @@ def _check_composition(base: Path, loaded: Sequence[Adapter], weights: Mapping[s
             shares.setdefault(tensor, []).extend(found)
     for found in shares.values():
         require_disjoint(found)
+    return [share for found in shares.values() for share in found]
+
+
+def _correction(
+    loaded: Sequence[Adapter], moments: Mapping[str, Moments] | None, ridge: float | None, start: Array
+) -> tuple[Measured | None, float | None]:
+    """The moments and the ridge of a corrected merge; none for a plain one.
+
+    Raises:
+        UsageError: the ridge is none or is ignored, or a lambda of the start is not above 0.
+        DataError: moments are missing, or of something else.
+    """
+    if moments is None:
+        if ridge is not None:
+            raise UsageError("a ridge is of corrected merges: tune for one, or leave it out")
+        return None, None
+    ridge = RIDGE if ridge is None else ridge
+    check_ridge(ridge)
+    if (start < LEAST_HEARD).any():
+        raise UsageError(
+            f"lambdas of a corrected merge are tuned from {LEAST_HEARD:g} on, the start has {start.min():g}: a task at "
+            "0 is left out of the equations there; start higher, or leave the task out of --tasks"
+        )
+    measured = Measured(moments, [adapter.task for adapter in loaded])
+    measured.check_adapters(loaded)
+    measured.check_digests({adapter.task: adapter.digest for adapter in loaded})
+    return measured, float(ridge)
 
 
 def _tell_recipe(adapter: Adapter, recipe: Recipe, say: Say) -> None:

@@ -50,8 +50,8 @@ FAMILIES = {arm.kind: arm for arm in (FA, FB, LORA, OSRM, LORI_DENSE, LORI)}  # 
 
 # Ways to compose: of ours by lambdas and solves, of peers by PEFT's names; "grid": one lambda a task by trial.
 ONE, BY_TASK, BY_MATRIX, GRID = "lambda 1", "tuned by task", "tuned by matrix", "grid"
-CORRECTED, CORRECTED_TUNED = "corrected", "corrected, tuned by task"
-TUNINGS = {BY_TASK: "task", BY_MATRIX: "matrix", CORRECTED_TUNED: "task"}
+CORRECTED, CORRECTED_TUNED = "corrected", "corrected, tuned by matrix"
+TUNINGS = {BY_TASK: "task", BY_MATRIX: "matrix", CORRECTED_TUNED: "matrix"}
 # One lambda for all that needs no rows, by how many tasks there are.
 ROOT, MEAN = "lambda 1/sqrt(tasks)", "lambda 1/tasks"
 EVEN: Mapping[str, Callable[[int], float]] = {ONE: lambda n: 1.0, ROOT: lambda n: n**-0.5, MEAN: lambda n: 1 / n}
@@ -100,7 +100,7 @@ AGAIN: tuple[Wave, ...] = (
     (LORA, OTHERS),
 )
 MANY: tuple[Wave, ...] = (
-    (FA_BOTH, (ONE, CORRECTED, MEAN)),
+    (FA_BOTH, (ONE, *SOLVED, MEAN)),
     (FA, (ONE, CORRECTED, MEAN)),
     (LORA, (SUMS[0], *OTHERS)),
     (JOINT, (ONE,)),
@@ -331,6 +331,11 @@ class Plan:
         task = training.spec["task"]
         return Run("own", training.name, {"tasks": [task]}, (training,))
 
+    def throughs(self, cell: Cell) -> tuple[Run, ...]:
+        """The moments that a corrected merge of a cell goes by."""
+        group = EIGHT if len(cell.tasks) > 2 else PAIR
+        return tuple(self.through(run, group) for run in self.trainings(cell))
+
     def lambdas(self, cell: Cell) -> Run | None:
         """What chooses the lambdas of a cell."""
         runs, tasks = self.trainings(cell), list(cell.tasks)
@@ -340,6 +345,9 @@ class Plan:
             if len(tasks) > 2:
                 rows, steps = max(2 * rows // len(tasks), min(rows, 32)), max(1, steps // 2)
             spec = {"tasks": tasks, "by": TUNINGS[cell.how], "rows": rows, "steps": steps}
+            if cell.how == CORRECTED_TUNED:
+                spec["corrected"] = True
+                return Run("tune", f"{name} corrected by {spec['by']}", spec, runs + self.throughs(cell))
             return Run("tune", f"{name} by {spec['by']}", spec, runs)
         how, _, chosen = cell.how.rpartition(" ")
         if chosen == GRID:
@@ -357,7 +365,7 @@ class Plan:
         needs = runs
         if cell.how in SOLVED:
             spec["how"] = CORRECTED
-            needs += tuple(self.through(run, EIGHT if len(cell.tasks) > 2 else PAIR) for run in runs)
+            needs += self.throughs(cell)
         elif cell.arm.ours:
             spec["how"] = "live"
             if cell.how in EVEN and cell.how != ONE:

@@ -190,9 +190,10 @@ class Steps:
         return self._work(run, told | ({} if base is None else {"base": str(base)}), threads)
 
     def _tune(self, run: Run, threads: int) -> Answer:
-        folder = self._together(run, run.needs)
+        folder = self._together(run, [need for need in run.needs if need.kind == "train"])
         command = ["tune", "--tasks", ",".join(run.spec["tasks"]), "--by", run.spec["by"], "--json"]
         command += ["--rows", str(run.spec["rows"]), "--steps", str(run.spec["steps"])]
+        command += ["--corrected"] if run.spec.get("corrected") else []
         found: Answer = json.loads(self._multisbora(run, folder, command, threads))
         shutil.rmtree(folder)
         return {key: found[key] for key in ("weights", "tasks", "lambdas", "steps")}

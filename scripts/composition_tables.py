@@ -194,7 +194,7 @@ class Tables:
             if cell.arm.strategy == "isolated":
                 others |= {need.key: need for run in runs for need in _claims(run)}
             if cell.how.startswith(CORRECTED):
-                others |= {need.key: need for need in self.plan.mix(cell).needs if need.kind == "through"}
+                others |= {need.key: need for need in self.plan.throughs(cell)}
             chosen = self.plan.lambdas(cell)
             beside.append(sum(map(self._seconds, others.values())) + (self._seconds(chosen) if chosen else 0))
         return statistics.mean(trained), statistics.mean(beside)

@@ -99,7 +99,11 @@ def test_measured_through_the_adapters(trained: Path, run: Run) -> None:
     assert_refused(run("merge", "--output", "stale", "--method", "corrected"), 1, MOMENTS_FILE, "cannot be read")
 
 
-def test_the_moments_through_an_adapter_are_those_of_its_merge(trained: Path, run: Run) -> None:
+def test_the_moments_through_an_adapter_are_those_of_its_merge(
+    trained: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same answers."""
+    monkeypatch.setattr("multisbora.measure.drawn_answers", lambda outputs, batch, draws: batch)
     assert run("measure", "--trained", "--tasks", "adding", "--rows", "8").code == 0
     assert run("merge", "--output", "one", "--tasks", "adding").code == 0
     found = read_beside(Path("adapters/adding"))
@@ -113,6 +117,38 @@ def test_the_moments_through_an_adapter_are_those_of_its_merge(trained: Path, ru
         assert site.channels.tolist() == other.channels.tolist()
         for one, two in ((site.energy, other.energy), (site.response, other.response), (site.block, other.block)):
             np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5 * np.abs(two).max(initial=0))
+
+
+def test_tuned_for_a_corrected_merge(trained: Path, run: Run) -> None:
+    missing = run("tune", "--corrected", "--tasks", "adding,doubling")
+    assert_refused(missing, 1, "adding,doubling has none", "multisbora measure --tasks adding,doubling", progress=True)
+    assert run("measure", "--trained", "--tasks", "adding,doubling", "--rows", "8").code == 0
+    flags = (
+        "--corrected",
+        "--ridge",
+        "0.02",
+        "--rows",
+        "8",
+        "--steps",
+        "4",
+        "--slack",
+        "5",
+        "--output",
+        "weights.yaml",
+    )
+    planned = run("tune", "--tasks", "adding,doubling", *flags, "--dry-run", "--json").json
+    assert planned["ridge"] == 0.02 and not Path("weights.yaml").exists()
+    told = run("tune", "--tasks", "adding,doubling", *flags)
+    merging = "multisbora merge --method corrected --ridge 0.02 --weights-from weights.yaml"
+    assert told.code == 0 and merging in told.out
+    assert "--corrected --ridge 0.02" in Path("weights.yaml").read_text().splitlines()[0]
+    assert run(*merging.split()[1:], "--output", "both").code == 0
+    assert run("verify", "both").code == 0
+    zero = run("tune", "--corrected", "--tasks", "adding,doubling", "--weight", "adding=0")
+    assert_refused(zero, 2, "the start has 0", "leave the task out", progress=True)
+    assert_refused(run("tune", "--ridge", "0.1"), 2, "a ridge is of corrected merges", progress=True)
+    nothing = run("tune", "--corrected", "--ridge", "0", "--tasks", "adding,doubling")
+    assert_refused(nothing, 2, "is no positive number", progress=True)
 
 
 def test_what_cannot_be_measured_through_an_adapter(trained: Path, run: Run) -> None:

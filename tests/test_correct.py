@@ -12,7 +12,7 @@ from commands import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multisbora.correct import RIDGE, Wish, channels, check_ridge, correct
+from multisbora.correct import RIDGE, Wish, channels, check_ridge, correct, spread
 from multisbora.delta import delta
 from multisbora.errors import MergeError, UsageError
 from multisbora.region import Region
@@ -204,6 +204,31 @@ def test_any_tasks_in_any_order(data: st.DataObject) -> None:
     else:
         for wish in heard:
             assert np.array_equal(found[wish.task], delta(wish.values, wish.scaling, wish.weight))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_values_are_linear_in_the_lambdas(name: str) -> None:
+    """Of those that are not 0; who has a say is settled before."""
+    silent = sorted(CASES[name])[0] if len(CASES[name]) > 2 else ""
+    for weights in ({"b": 0.3, "c": -1.5}, {"a": 2.0, "b": 0.01}):
+        weights = weights | ({silent: 0.0} if silent else {})
+        wishes = draw_wishes(CASES[name], weights=weights)
+        expected = correct(wishes, SHAPE, RIDGE, "x").values
+        other = [replace(wish, weight=1.0 if wish.weight else 0.0) for wish in wishes]
+        reach = spread(other, SHAPE, RIDGE, "x")
+        assert reach.keys() == expected.keys()
+        for task, values in expected.items():
+            found = sum(wish.weight * reach[wish.task][task] for wish in wishes if wish.weight)
+            np.testing.assert_allclose(found, values, rtol=1e-4, atol=1e-5 * np.abs(values).max())
+
+
+def test_a_lambda_reaches_nobody_where_nothing_is_to_be_solved() -> None:
+    (wish,) = draw_wishes({"a": Region("fa", (0, 3))}, weights={"a": 0.7})
+    reach = spread([wish], SHAPE, RIDGE, "x")
+    assert reach.keys() == reach["a"].keys() == {"a"}
+    assert np.array_equal(reach["a"]["a"], delta(wish.values, 0.5))
+    silent = [replace(wish, block=np.zeros_like(wish.block)) for wish in draw_wishes(CASES["two of columns"])]
+    assert {task: {*found} for task, found in spread(silent, SHAPE, RIDGE, "x").items()} == {"a": {"a"}, "b": {"b"}}
 
 
 def test_a_task_alone_has_what_the_plain_merge_gives_it() -> None:

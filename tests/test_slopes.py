@@ -67,6 +67,36 @@ def test_slopes_are_those_of_the_dense_model(
     assert all(values.grad is None for values in layer.sbora_values.values())
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_slopes_where_a_lambda_reaches_the_values_of_all(form: Form) -> None:
+    """As in a corrected merge: dense weights of all reaches in fp64, the cells of a task set to their sum."""
+    lambdas = {"math": 1.0, "law": 0.3, "chat": 1.7}
+    layer, weight = layer_of(form, "linear", torch.float32, dict.fromkeys(lambdas, 1.0))
+    sizes = {task: layer.sbora_values[task].shape for task in OWN}
+    spread = {
+        task: {other: drawn(*size, seed=10 * row + column) for column, (other, size) in enumerate(sizes.items())}
+        for row, task in enumerate(OWN)
+    }
+    del spread["law"]["chat"]
+    leaves = {task: torch.tensor(value, dtype=torch.float64, requires_grad=True) for task, value in lambdas.items()}
+    dense = weight.double()
+    for task, reach in spread.items():
+        for other, values in reach.items():
+            dense = dense + leaves[task] * one_hot(*OWN[other], values, SHAPE)
+    for other in OWN:
+        layer.scaling[other] = 1.0
+        fill(layer, other, sum(lambdas[task] * reach[other] for task, reach in spread.items() if other in reach))
+        layer.sbora_values[other].requires_grad_(False)
+    x = drawn(2, 5, SHAPE[1], seed=7).requires_grad_()
+    grad = drawn(2, 5, SHAPE[0], seed=8)
+    with lambda_slopes({"lin": layer}, {"lin": spread}) as found:
+        layer(x).backward(grad)
+    F.linear(x.detach().double(), dense).backward(grad.double())
+    assert found["lin"].keys() == leaves.keys()
+    wanted = torch.tensor([float(leaf.grad) for leaf in leaves.values() if leaf.grad is not None])
+    assert error(torch.stack([found["lin"][task] for task in leaves]), wanted) < 5 * TOLERANCE[torch.float32]
+
+
 def test_cells_of_earlier_claims_have_no_say(net: Net) -> None:
     """Of a net of several layers, by differences of the loss itself; code's rows cross math's columns."""
     model = two(net.double())

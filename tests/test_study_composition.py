@@ -198,9 +198,9 @@ def test_arms_differ_in_what_they_say(script: Script, tmp_path: Path) -> None:
     svd = plan.lambdas(names.Cell(names.PAIR, 0, names.LORA, "svd grid"))
     assert svd.key == plan.lambdas(names.Cell(names.PAIR, 0, names.LORA, "cat grid")).key
     both = plan.mix(names.Cell(names.PAIR, 0, names.FA, names.CORRECTED_TUNED))
-    assert [need.kind for need in both.needs] == ["train", "train", "through", "through", "tune"] and both.spec[
-        "how"
-    ] == "corrected"
+    assert [need.kind for need in both.needs] == ["train", "train", "through", "through", "tune"]
+    assert both.spec["how"] == "corrected" and both.needs[-1].spec["corrected"]
+    assert both.needs[-1].needs == both.needs[:-1]
 
 
 # ----------------------------------------------------------------------------------------------------------- the peers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import peft
 import pytest
 import torch
 import yaml
-from builders import draw_regions, edit_json, tiny_gpt2, tiny_llama, tree, write_adapter
+from builders import draw_moments, draw_regions, edit_json, tiny_gpt2, tiny_llama, tree, write_adapter
 from commands import Run, assert_refused, refused
 from layers import bits
 from safetensors.torch import load_file, save_file
@@ -23,12 +24,14 @@ from multisbora import tune as tuning
 from multisbora.adapter import Adapter
 from multisbora.blend import Blend
 from multisbora.cli_composed import _tuned_lines
+from multisbora.correct import RIDGE
 from multisbora.dataset import encode, pack
 from multisbora.errors import AdapterError, CheckpointError, DataError, MergeError, TrainingError, UsageError
 from multisbora.evaluate import log_likelihoods
 from multisbora.geometry import from_checkpoint
 from multisbora.lambdas import Space
 from multisbora.loading import load_base, load_model, load_tokenizer
+from multisbora.moments import Moments
 from multisbora.recipe import Recipe
 from multisbora.stream import fingerprint
 from multisbora.trainer import answer_loss
@@ -221,6 +224,59 @@ def test_a_tuned_composition_is_the_merged_checkpoint(kind: str, tmp_path: Path)
         assert torch.equal(bits(layer.base_layer.weight), bits(merged[f"{module}.weight"])), module
 
     assert_same_losses(made, point, tmp_path / "merged", 1e-5 if dtype == "float32" else 1e-2)
+
+
+@pytest.mark.parametrize("kind", ["llama bfloat16", "llama float32", "gpt2 bfloat16"])
+@pytest.mark.parametrize("by", ["task", "matrix"])
+def test_a_composition_tuned_for_a_corrected_merge_is_that_merge(kind: str, by: Any, tmp_path: Path) -> None:
+    name, dtype = kind.split()
+    made = make(tmp_path, {"adding": "fa", "spelling": "fb"}, dtype=dtype, gpt2=name == "gpt2", steps=10)
+    moments = moments_of(made)
+    found = made.tuned(slack=5.0, steps=3, by=by, moments=moments, ridge=0.05)
+    assert found.ridge == 0.05 and found.to_json()["ridge"] == 0.05
+    plain = made.tuned(slack=5.0, steps=3, by=by)
+    for task, other in plain.tasks.items():  # alone they are what they are
+        assert found.tasks[task].own == pytest.approx(other.own, rel=1e-6)
+        assert found.tasks[task].before != other.before
+    tolerance = 1e-4 if dtype == "float32" else 2e-2
+    points = {point.step: point for point in found.front}
+    assert found.chosen is not None and max(points) > 0
+    for step, point in points.items():
+        folder = tmp_path / f"merged-{step}"
+        merge(made.base, made.adapters, point.weights, output=folder, method="corrected", moments=moments, ridge=0.05)
+        assert_same_losses(made, point, folder, tolerance)
+
+
+def test_a_corrected_merge_tuned_keeps_more(made: Made) -> None:
+    found = made.tuned(steps=16, moments=moments_of(made))
+    assert min(kept(found, "after")) > min(kept(found, "before"))
+    assert found.ridge == RIDGE and found.chosen is not None and found.chosen.step > 0
+    searched = made.tuned(by="task", method="search", steps=8, moments=moments_of(made))
+    assert min(kept(searched, "after")) >= min(kept(searched, "before"))
+
+
+def test_what_cannot_be_tuned_for_a_corrected_merge(made: Made) -> None:
+    moments = moments_of(made)
+    refused(lambda: made.tuned(moments={"adding": moments["adding"]}), DataError, "spelling has none")
+    strange = {task: replace(found, base_fingerprint="blake3:1") for task, found in moments.items()}
+    refused(lambda: made.tuned(moments=strange), DataError, "measured on another base")
+    through = {task: replace(found, source="adapter", adapter="0" * 64) for task, found in moments.items()}
+    refused(lambda: made.tuned(moments=through), DataError, "went through another adapter")
+    for start in (0, -0.5, {"default": 1, "q_proj": 0}):
+        refused(lambda start=start: made.tuned(moments=moments, start={"adding": start}), UsageError, "the start has")
+    refused(lambda: made.tuned(moments=moments, ridge=-1.0), UsageError, "no positive number")
+    refused(lambda: made.tuned(ridge=0.1), UsageError, "a ridge is of corrected merges")
+
+
+def moments_of(made: Made) -> dict[str, Moments]:
+    """Moments of random rows."""
+    geometry = from_checkpoint(made.base)
+    mark = fingerprint(made.base, geometry)
+    names = [adapter.name for adapter in made.adapters]
+    return {
+        name: draw_moments(geometry, name, base_fingerprint=mark, seed=seed, target_modules=geometry.kinds())
+        for seed, name in enumerate(names)
+    }
 
 
 def test_a_base_in_float16(tmp_path: Path) -> None:

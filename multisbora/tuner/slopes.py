@@ -9,6 +9,8 @@ and g^T x is needed at the task's cells alone:
 So the slopes of all tasks of a layer cost one product, at most that of the gradient of its whole weight: a training
 step of these tasks, without gradients and optimizer state of their values. Lambda is not divided by, so there is a
 slope at 0 as well, and layers stay in the form that they are in: in place, a merge's own weights are differentiated.
+
+Where the values of all tasks hang on each lambda, as in a corrected merge, U reaches over the cells of all of them.
 """
 
 from __future__ import annotations
@@ -23,9 +25,13 @@ from torch import Tensor
 from ..region import VARIANTS
 from .layer import SboraLayer
 
+Spread = Mapping[str, Mapping[str, Tensor]]  # adapter -> adapter -> what the first one's lambda adds to its values
+
 
 @contextlib.contextmanager
-def lambda_slopes(layers: Mapping[str, SboraLayer]) -> Iterator[dict[str, dict[str, Tensor]]]:
+def lambda_slopes(
+    layers: Mapping[str, SboraLayer], spreads: Mapping[str, Spread] | None = None
+) -> Iterator[dict[str, dict[str, Tensor]]]:
     """Add up d loss / d lambda, over every backward in this block, of each task that was active in its forward.
 
     Values need no gradient, and get none. The input of a layer must require one, or nothing comes back through the
@@ -34,6 +40,7 @@ def lambda_slopes(layers: Mapping[str, SboraLayer]) -> Iterator[dict[str, dict[s
 
     Args:
         layers: name -> layer.
+        spreads: name -> spread; None where a task's lambda scales what it trained, and nothing else.
 
     Yields:
         name -> adapter -> slope, 0-dim fp32 on the layer's device; filled by backward.
@@ -49,7 +56,8 @@ def lambda_slopes(layers: Mapping[str, SboraLayer]) -> Iterator[dict[str, dict[s
 
             def after_backward(grad: Tensor) -> None:
                 own = found.setdefault(name, {})
-                for adapter, slope in _slopes(layer, adapters, x, grad).items():
+                parts = _parts(layer, adapters, x, grad)
+                for adapter, slope in _slopes(layer, parts, (spreads or {}).get(name)).items():
                     own[adapter] = own[adapter] + slope if adapter in own else slope
 
             if adapters:
@@ -64,8 +72,8 @@ def lambda_slopes(layers: Mapping[str, SboraLayer]) -> Iterator[dict[str, dict[s
 
 
 @torch.no_grad()
-def _slopes(layer: SboraLayer, adapters: list[str], x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """The slope of each task.
+def _parts(layer: SboraLayer, adapters: list[str], x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """g^T x at the cells of each task, in the layout of its values.
 
     Args:
         x: input of the layer, (..., in_features).
@@ -82,6 +90,18 @@ def _slopes(layer: SboraLayer, adapters: list[str], x: Tensor, grad: Tensor) -> 
         left, right = (rows, ends) if variant == "fa" else (ends, rows)
         product = left.t()[index].to(grad.dtype) @ right.to(grad.dtype)  # (ranks, out) or (ranks, in)
         for adapter, part in zip(own, product.split([each.numel() for each in indices]), strict=True):
-            update = layer.update(adapter, 1.0)
-            found[adapter] = (part * (update.t() if variant == "fa" else update)).sum(dtype=torch.float32)
+            found[adapter] = part.t() if variant == "fa" else part
     return found
+
+
+@torch.no_grad()
+def _slopes(layer: SboraLayer, parts: Mapping[str, Tensor], spread: Spread | None) -> dict[str, Tensor]:
+    """The slope of each task."""
+    if spread is None:
+        spread = {adapter: {adapter: layer.update(adapter, 1.0)} for adapter in parts}
+    return {
+        adapter: torch.stack(
+            [(parts[other] * update).sum(dtype=torch.float32) for other, update in reach.items()]
+        ).sum()
+        for adapter, reach in spread.items()
+    }
