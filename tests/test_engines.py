@@ -58,7 +58,8 @@ def address() -> Iterator[str]:
         found = Cluster(initialize_head=True, head_node_args=node)
         found.add_node(num_cpus=1, memory=MEMORY, object_store_memory=100 * 2**20)
         yield found.address
-        found.shutdown()
+        for running in found.list_all_nodes():  # at once: asked kindly, a node waits minutes for what a test left on it
+            found.remove_node(running, allow_graceful=False)
 
 
 @pytest.fixture(scope="module")
