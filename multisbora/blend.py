@@ -29,7 +29,9 @@ class Blend:
     The model is this object's to change: what was active in it does not come back.
     """
 
-    def __init__(self, model: Any, modules: Sequence[str], spreads: Spreads | None = None) -> None:
+    def __init__(
+        self, model: Any, modules: Sequence[str], spreads: Spreads | None = None, tasks: Sequence[str] = ()
+    ) -> None:
         """
         Args:
             model: of `load_model`, with an adapter a task; the tasks go by the order in which they were loaded.
@@ -37,6 +39,7 @@ class Blend:
             spreads: of a corrected merge, by the names of tasks. All tasks together are composed by these, which stay
                 on the model's device, as many times the size of all adapters as there are tasks; one alone is as it was
                 trained.
+            tasks: their names, in the order in which they were loaded, where there are spreads.
         """
         self.model = model.get_base_model()
         self.adapters = list(model.peft_config)
@@ -45,12 +48,12 @@ class Blend:
         self._inside: tuple[Array, list[str]] | None = None
         self._trained: dict[str, dict[str, tuple[Tensor, float]]] = {}
         self._spreads: dict[str, dict[str, dict[str, Tensor]]] = {}
-        names = {config.task or adapter: adapter for adapter, config in model.peft_config.items()}
+        names = dict(zip(tasks, self.adapters, strict=False))
         for module, spread in (spreads or {}).items():
             layer = self.layers[module]
             self._spreads[module] = {
                 names[task]: {
-                    names[other]: torch.from_numpy(values).to(layer.sbora_values[names[other]].device)
+                    names[other]: torch.tensor(values, device=layer.sbora_values[names[other]].device)
                     for other, values in reach.items()
                 }
                 for task, reach in spread.items()

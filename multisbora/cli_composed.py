@@ -127,7 +127,7 @@ def _tuned_lines(found: Tuned, output: Path | None) -> list[str]:
     for point in found.front:
         taken = "taken" if point.step == found.chosen.step else ""
         points.append((str(point.step), *(_kept(value) for value in point.retention.values()), taken))
-    command = "multisbora merge" + (f" --method corrected --ridge {found.ridge:g}" if found.ridge is not None else "")
+    command = "multisbora merge" + (f" --method corrected --ridge {found.ridge!r}" if found.ridge is not None else "")
     end = f"--output FILE writes them for `{command} --weights-from`"
     if output is not None:
         end = f"wrote {output}: `{command} --weights-from {output}`"

@@ -119,7 +119,7 @@ def tune_tasks(
     if output is not None and not dry_run:
         note = f"made by multisbora tune --by {found.by} --method {found.method}"
         if found.ridge is not None:
-            note += f" --corrected --ridge {found.ridge:g}, for multisbora merge --method corrected"
+            note += f" --corrected --ridge {found.ridge!r}, for multisbora merge --method corrected"
         with publish_file(output) as path:
             write_weights(path, found.weights, note)
     return found

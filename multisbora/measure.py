@@ -58,7 +58,8 @@ def measure(
     """The moments of some examples on a base model, which stays as it is.
 
     Sums are fp32, of values in the model's own dtype. The same on one machine and number of threads; another size of
-    batch changes roundings alone. (Of a drawn answer a rounding may change a word, where two are as good as tied.)
+    batch changes roundings alone. (Drawn answers may then have other words, since a draw falls where rounded chances
+    put it: moments differ by that as between two draws.)
 
     Args:
         model: as `load_model` gives it; a transformers model, or the one in a PeftModel, adapter and all.

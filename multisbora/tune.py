@@ -193,7 +193,7 @@ def tune(
     shares = _composition(Path(base), loaded, weights)
     own = {adapter.task: list(adapter.modules) for adapter in loaded}
     space = Space.of(own, weights, by, 0.0 if moments is None else LEAST_HEARD)
-    measured, ridge = _correction(loaded, moments, ridge, space.start)
+    measured, ridge = _correction(loaded, moments, ridge, space.start[space.present])
     if method == "search":
         require_optuna()
         if space.size > steps:
@@ -211,7 +211,7 @@ def tune(
         say("the base is float16, whose gradients vanish without loss scaling: lambdas are tuned in float32")
         widen(model)
     spreads = None if measured is None or ridge is None else spread_all(shares, ridge, measured.block)
-    blend = Blend(model, space.modules, spreads)
+    blend = Blend(model, space.modules, spreads, space.tasks)
     learn = Half.measured(blend, [half for half, _ in halves], space.start, STEP_TOKENS)
     judge = Half.measured(blend, [half for _, half in halves], space.start, BATCH_TOKENS)
     gains = _gains(names, learn, judge, say)
