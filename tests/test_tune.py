@@ -255,6 +255,17 @@ def test_a_corrected_merge_tuned_keeps_more(made: Made) -> None:
     assert min(kept(searched, "after")) >= min(kept(searched, "before"))
 
 
+def test_adapters_that_do_not_name_their_task(made: Made, tmp_path: Path) -> None:
+    """They go by their folders; a lambda of 0 where a task has no matrix is none."""
+    adapters = [Path(shutil.copytree(adapter, tmp_path / adapter.name)) for adapter in made.adapters]
+    for adapter in adapters:
+        edit_json(adapter / "adapter_config.json", task=None)
+    every = dict.fromkeys({name.rpartition(".")[2] for name in Adapter.read(adapters[0]).modules}, 1.0)
+    nameless = made._replace(adapters=adapters)
+    found = nameless.tuned(steps=1, moments=moments_of(nameless), start={"adding": {"default": 0, **every}})
+    assert found.tasks.keys() == set(TASKS)
+
+
 def test_what_cannot_be_tuned_for_a_corrected_merge(made: Made) -> None:
     moments = moments_of(made)
     refused(lambda: made.tuned(moments={"adding": moments["adding"]}), DataError, "spelling has none")
