@@ -45,15 +45,15 @@ class Blend:
         self.adapters = list(model.peft_config)
         layers = dict(model.base_model.named_layers())
         self.layers = {module: layers[module] for module in modules}
-        self._inside: tuple[Array, list[str]] | None = None
+        self._inside: tuple[Array, list[str], bool] | None = None
         self._trained: dict[str, dict[str, tuple[Tensor, float]]] = {}
         self._spreads: dict[str, dict[str, dict[str, Tensor]]] = {}
-        names = dict(zip(tasks, self.adapters, strict=False))
+        names = dict(zip(tasks, self.adapters, strict=True)) if spreads else {}
         for module, spread in (spreads or {}).items():
             layer = self.layers[module]
             self._spreads[module] = {
                 names[task]: {
-                    names[other]: torch.tensor(values, device=layer.sbora_values[names[other]].device)
+                    names[other]: torch.from_numpy(values).to(layer.sbora_values[names[other]].device)
                     for other, values in reach.items()
                 }
                 for task, reach in spread.items()
@@ -76,24 +76,30 @@ class Blend:
             lambdas: (tasks, matrices).
             active: numbers of tasks; None takes all.
         """
+        together = active is None
         names = self.adapters if active is None else [self.adapters[task] for task in active]
-        if self._inside is not None and self._inside[1] == names and np.array_equal(self._inside[0], lambdas):
+        if self._inside and self._inside[1:] == (names, together) and np.array_equal(self._inside[0], lambdas):
             return
         for (module, layer), column in zip(self.layers.items(), lambdas.T.tolist(), strict=True):
             weights = dict(zip(self.adapters, column, strict=True))
             if self._spreads:
-                weights = self._solved(module, layer, weights, active is None)
+                weights = self._put(module, layer, weights, together)
             layer.mix = Mix(list(names), weights)
-        self._inside = lambdas.copy(), names
+        self._inside = lambdas.copy(), names, together
 
     @torch.no_grad()
-    def _solved(self, module: str, layer: SboraLayer, weights: dict[str, float], together: bool) -> dict[str, float]:
+    def _put(self, module: str, layer: SboraLayer, weights: dict[str, float], together: bool) -> dict[str, float]:
         """Put the values of a corrected merge into a layer, or the trained ones; the lambdas that go with them."""
         for adapter, (trained, scaling) in self._trained[module].items():
-            reach = [(weights[task], found) for task, found in self._spreads[module].items() if adapter in found]
-            values = sum((weight * found[adapter] for weight, found in reach), torch.zeros_like(trained))
-            layer.sbora_values[adapter].copy_(values if together else trained)
+            values = layer.sbora_values[adapter]
             layer.scaling[adapter] = 1.0 if together else scaling
+            if not together:
+                values.copy_(trained)
+                continue
+            values.zero_()
+            for task, reach in self._spreads[module].items():
+                if adapter in reach:
+                    values.add_(reach[adapter], alpha=weights[task])
         return dict.fromkeys(weights, 1.0) if together else weights
 
     @torch.no_grad()

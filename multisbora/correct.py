@@ -134,7 +134,7 @@ def spread(wishes: Sequence[Wish], shape: tuple[int, int], ridge: float, what: s
     equations = _Equations.of(wishes, heard, shape, ridge, what)
     if equations is None:
         with np.errstate(over="ignore"):
-            return {wish.task: {wish.task: delta(wish.values, wish.scaling, 1.0)} for wish in heard}
+            return {wish.task: {wish.task: np.array(delta(wish.values, wish.scaling, 1.0))} for wish in heard}
     found = equations.solve(np.eye(len(heard)).tolist())
     return {wish.task: solution.values for wish, solution in zip(heard, found, strict=True)}
 

@@ -148,8 +148,8 @@ def merge_tasks(
 def moments_of(
     registry: Registry, project: Project, folders: Mapping[str, Path], sources: Mapping[str, str], say: Say
 ) -> dict[str, Moments]:
-    """The moments of tasks: those beside their adapters, or else those of the registry. What is missing, the merge
-    says.
+    """The moments of tasks for a corrected merge: those beside their adapters, or else those of the registry. What is
+    missing, whoever takes them says.
 
     Args:
         folders: task -> its adapter.

@@ -116,11 +116,11 @@ def drawn_answers(outputs: Any, batch: Batch, draws: np.random.Generator) -> Bat
     answered = batch.places > 0
     found = []
     for logits in outputs.logits[answered].split(_DRAWN):  # (tokens, vocabulary)
-        chances = logits.double().softmax(-1).cumsum(-1)
-        draw = torch.from_numpy(draws.random(len(chances))).to(chances.device)[:, None]
+        chances = logits.cpu().double().softmax(-1).cumsum(-1)  # not every accelerator has fp64
+        draw = torch.from_numpy(draws.random(len(chances)))[:, None]
         found.append(torch.searchsorted(chances, draw * chances[:, -1:], right=True)[:, 0])
     labels = batch.labels.clone()
-    labels[answered] = torch.cat(found).clamp(max=outputs.logits.shape[-1] - 1)
+    labels[answered] = torch.cat(found).clamp(max=outputs.logits.shape[-1] - 1).to(labels.device)
     return replace(batch, labels=labels)
 
 

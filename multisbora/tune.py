@@ -193,7 +193,11 @@ def tune(
     shares = _composition(Path(base), loaded, weights)
     own = {adapter.task: list(adapter.modules) for adapter in loaded}
     space = Space.of(own, weights, by, 0.0 if moments is None else LEAST_HEARD)
-    measured, ridge = _correction(loaded, moments, ridge, space.start[space.present])
+    correction = _correction(loaded, moments, ridge, space.start[space.present])
+    ridge, spreads = None, None
+    if correction is not None:
+        measured, ridge = correction
+        spreads = spread_all(shares, ridge, measured.block)
     if method == "search":
         require_optuna()
         if space.size > steps:
@@ -210,7 +214,6 @@ def tune(
     if method == "gradient" and model.get_base_model().dtype == torch.float16:
         say("the base is float16, whose gradients vanish without loss scaling: lambdas are tuned in float32")
         widen(model)
-    spreads = None if measured is None or ridge is None else spread_all(shares, ridge, measured.block)
     blend = Blend(model, space.modules, spreads, space.tasks)
     learn = Half.measured(blend, [half for half, _ in halves], space.start, STEP_TOKENS)
     judge = Half.measured(blend, [half for _, half in halves], space.start, BATCH_TOKENS)
@@ -360,17 +363,17 @@ def _composition(base: Path, loaded: Sequence[Adapter], weights: Mapping[str, Ta
 
 def _correction(
     loaded: Sequence[Adapter], moments: Mapping[str, Moments] | None, ridge: float | None, start: Array
-) -> tuple[Measured | None, float | None]:
-    """The moments and the ridge of a corrected merge; none for a plain one.
+) -> tuple[Measured, float] | None:
+    """The moments and the ridge of a corrected merge; None for a plain one.
 
     Raises:
-        UsageError: the ridge is none or is ignored, or a lambda of the start is not above 0.
-        DataError: moments are missing, or of something else.
+        UsageError: the ridge is none or is ignored, or a lambda of the start is too low.
+        DataError: moments are missing, or of another base or other adapters than these say of themselves.
     """
     if moments is None:
         if ridge is not None:
-            raise UsageError("a ridge is of corrected merges: tune for one, or leave it out")
-        return None, None
+            raise UsageError("a ridge is of corrected merges: tune for one with --corrected, or leave it out")
+        return None
     ridge = RIDGE if ridge is None else ridge
     check_ridge(ridge)
     if (start < LEAST_HEARD).any():

@@ -110,6 +110,7 @@ def test_answers_through_an_adapter_are_drawn_from_the_model(folder: Path, monke
     rows = examples()
     short = [replace(row, input_ids=[*row.input_ids[:-1], 3]) for row in rows]  # the last token predicts nothing
     _, _, told = look(folder, rows, adapter="x")
+    assert look(folder, rows, adapter="x")[2].to_bytes() == told.to_bytes()
     _, _, true = look(folder, rows)
     told_again = [look(folder, rows, adapter="x", tokens=40)[2], look(folder, short, adapter="x")[2]]
     monkeypatch.setattr(probe, "packs", lambda model: False)

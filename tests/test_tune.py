@@ -269,6 +269,8 @@ def test_adapters_that_do_not_name_their_task(made: Made, tmp_path: Path) -> Non
 def test_what_cannot_be_tuned_for_a_corrected_merge(made: Made) -> None:
     moments = moments_of(made)
     refused(lambda: made.tuned(moments={"adding": moments["adding"]}), DataError, "spelling has none")
+    empty = {task: found.without_blocks() for task, found in moments.items()}
+    refused(lambda: made.tuned(moments=empty, dry_run=True), DataError, "lack", "channels")
     strange = {task: replace(found, base_fingerprint="blake3:1") for task, found in moments.items()}
     refused(lambda: made.tuned(moments=strange), DataError, "measured on another base")
     through = {task: replace(found, source="adapter", adapter="0" * 64) for task, found in moments.items()}
