@@ -46,7 +46,8 @@ OVERLAP = Arm("fa, same indices for all", "fa", "alone")
 JOINT = Arm("fa, trained jointly", "fa", "alone", together=True)
 LORA, OSRM = Arm("LoRA", "lora"), Arm("OSRM", "osrm")
 LORI, LORI_DENSE = Arm("LoRI-S", "lori"), Arm("LoRI-D", "lori-dense")
-FAMILIES = {arm.kind: arm for arm in (FA, FB, LORA, OSRM, LORI_DENSE, LORI)}  # that learning rates are chosen for
+FAMILIES = {arm.kind: arm for arm in (FA, FB, LORA, LORI_DENSE)}  # that learning rates are chosen for
+RATED_AS = {"osrm": "lora", "lori": "lori-dense"}  # another start, and fewer entries, of the same adapter
 
 # Ways to compose: of ours by lambdas and solves, of peers by PEFT's names; "grid": one lambda a task by trial.
 ONE, BY_TASK, BY_MATRIX, GRID = "lambda 1", "tuned by task", "tuned by matrix", "grid"
@@ -63,18 +64,20 @@ GRID_OF = {"svd": "cat"}  # it cuts off what is left of that sum: lambdas are ch
 
 Wave = tuple[Arm, tuple[str, ...]]
 WAVES: tuple[Wave, ...] = (
-    (FA, (*FIRST, CORRECTED)),
-    (FA_BOTH, (*FIRST, CORRECTED)),
+    (FA_BOTH, (ONE, BY_MATRIX)),
+    (FA, (ONE, CORRECTED)),
     (LORA, (*SUMS, *OTHERS)),
+    (FA_BOTH, (CORRECTED,)),
     (FA_ISOLATED, (ONE,)),
     (FA_QUIET, (ONE,)),
-    (JOINT, (ONE,)),
-    (OVERLAP, (ONE,)),
-    (OSRM, SUMS[:1]),
-    (LORI, SUMS[:1]),
     (FB_BOTH, (ONE, CORRECTED)),
     (FB, (ONE, CORRECTED)),
-    (FA_BOTH, (CORRECTED_TUNED, ROOT, MEAN)),
+    (OSRM, SUMS[:1]),
+    (LORI, SUMS[:1]),
+    (JOINT, (ONE,)),
+    (OVERLAP, (ONE,)),
+    (FA, FIRST[1:]),
+    (FA_BOTH, (BY_TASK, CORRECTED_TUNED, ROOT, MEAN)),
     (FA, (CORRECTED_TUNED, ROOT, MEAN)),
     (FA_ISOLATED, FIRST[1:]),
     (FA_QUIET, FIRST[1:]),
@@ -92,12 +95,12 @@ WAVES: tuple[Wave, ...] = (
 )
 # What is asked again with other seeds, and of merges of 4 and 8: what tells most, since all of it would take days.
 AGAIN: tuple[Wave, ...] = (
-    (FA, (ONE, BY_MATRIX)),
     (FA_BOTH, (ONE, BY_MATRIX)),
-    (LORA, SUMS),
+    (FA, (ONE, CORRECTED)),
+    (LORA, (*SUMS, *OTHERS)),
     (FA_ISOLATED, (ONE,)),
     (FA_QUIET, (ONE,)),
-    (LORA, OTHERS),
+    (FA, (BY_MATRIX,)),
 )
 MANY: tuple[Wave, ...] = (
     (FA_BOTH, (ONE, *SOLVED, MEAN)),
@@ -115,7 +118,7 @@ MANY: tuple[Wave, ...] = (
     (FB, (ONE, BY_TASK)),
     (FB_BOTH, (ONE, BY_TASK)),
 )
-HEADLINE = (FA_BOTH, BY_MATRIX)
+HEADLINES = {2: (FA_BOTH, BY_MATRIX), 8: (FA_BOTH, CORRECTED_TUNED)}  # what the targets are set for
 # Of --quick: every way to train and to compose at least once, and two of them for merges of 4 and 8.
 FEW: tuple[Wave, ...] = (
     (FA, (ONE, BY_TASK, GRID)),
@@ -224,6 +227,7 @@ class Plan:
 
         A task counts by how much higher its dev loss is than at its own best rate. None as long as runs are missing.
         """
+        kind = RATED_AS.get(kind, kind)
         if kind not in self._rates:
             if len(self.setup.rates) == 1:
                 self._rates[kind] = self.setup.rates[0]
@@ -235,8 +239,7 @@ class Plan:
     def rate_runs(self, kind: str) -> list[Run]:
         """The trainings that a learning rate is chosen by. Where the best one is the lowest or the highest of those
         tried, one more beyond it, twice at most."""
-        if kind == "lori" and self.rate("lori-dense") is None:  # its masks come from there
-            return self.rate_runs("lori-dense")
+        kind = RATED_AS.get(kind, kind)
         tried = sorted(self.setup.rates)
         for extended in range(3):
             runs = self._tried(kind, tried)
@@ -252,7 +255,7 @@ class Plan:
     def rate_losses(self, kind: str) -> dict[float, float]:
         """{rate: how much higher the dev loss is than at the best rate of each task, as a mean}."""
         runs = self.rate_runs(kind)
-        return self._losses(self._tried(kind, sorted({run.spec["rate"] for run in runs})))
+        return self._losses(self._tried(RATED_AS.get(kind, kind), sorted({run.spec["rate"] for run in runs})))
 
     def _tried(self, kind: str, rates: Sequence[float]) -> dict[float, list[Run]]:
         arm, seed = FAMILIES[kind], self.setup.seeds[0]
@@ -378,7 +381,7 @@ class Plan:
     def scored(self) -> dict[str, Cell | None]:
         """{line of the table: composition}; None is the base. With "own" in front: the adapters alone."""
         seed = self.setup.seeds[0]
-        ours, peer = Cell(PAIR, seed, *HEADLINE), Cell(PAIR, seed, LORA, SUMS[1])
+        ours, peer = Cell(PAIR, seed, *HEADLINES[len(PAIR)]), Cell(PAIR, seed, LORA, SUMS[1])
         return {"base": None, f"{ours.arm.name}: own": ours, f"{ours.arm.name}: {ours.how}": ours} | {
             f"{peer.arm.name}: own": peer,
             f"{peer.arm.name}: {peer.how}": peer,

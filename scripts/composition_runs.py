@@ -1,7 +1,8 @@
-"""Runs that are kept: one JSON file each, named by what it is and a digest of all that decides it.
+"""Runs that are kept: a line of JSON each in one file, known by what it is and a digest of all that decides it.
 
 What is there is not done again, so a study that was killed goes on where it was, and one that asks for more does no
-more than that.
+more than that. The file can be carried to another machine: what runs left behind there, such as adapters, is then made
+anew as far as runs that are still to be done need it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,22 +41,34 @@ class Run:
 
     @cached_property
     def key(self) -> str:
-        """The name of its file, and of a folder where it has one."""
+        """Its name in the file of runs, and that of a folder where it has one."""
         told = [self.kind, dict(self.spec), [run.key for run in self.needs]]
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
         return "-".join([self.kind, *re.findall(r"[\w.+]+", self.name), digest])
 
 
 class Store:
-    """The runs that were done."""
+    """The runs that were done.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        path: of the file. Each run that is done adds a line; of two with one key the later counts.
+        commit: that the code is of, for people who read the file.
+    """
+
+    def __init__(self, path: Path, commit: str = "") -> None:
+        self.path, self.commit = path, commit
         self._known: dict[str, Answer] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        text = path.read_bytes() if path.is_file() else b""
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                told = json.loads(line)
+                self._known[told["key"]] = {"seconds": told["seconds"], "result": told["result"]}
+            except (ValueError, KeyError, TypeError):  # a study was killed while it wrote
+                say(f"line {number} of {path} holds no run and is passed over")
+        self._whole = not text or text.endswith(b"\n")
 
     def has(self, run: Run) -> bool:
-        return run.key in self._known or self._path(run).is_file()
+        return run.key in self._known
 
     def read(self, run: Run) -> Answer:
         """{"seconds": wall time, "result": what the work answered}.
@@ -63,11 +76,6 @@ class Store:
         Raises:
             KeyError: it was not done.
         """
-        if run.key not in self._known:
-            try:
-                self._known[run.key] = json.loads(self._path(run).read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                raise KeyError(run.key) from None
         return self._known[run.key]
 
     def result(self, run: Run) -> Answer:
@@ -75,33 +83,41 @@ class Store:
         return found
 
     def write(self, run: Run, result: Answer, seconds: float) -> None:
-        told = {"kind": run.kind, "name": run.name, "spec": dict(run.spec), "needs": [need.key for need in run.needs]}
-        text = json.dumps({**told, "seconds": round(seconds, 2), "result": result}, indent=1)
-        partial = self._path(run).with_suffix(".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(self._path(run))
+        told = {"key": run.key, "kind": run.kind, "name": run.name, "spec": dict(run.spec)}
+        told |= {"needs": [need.key for need in run.needs], "commit": self.commit}
+        told |= {"seconds": round(seconds, 2), "result": result}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(("" if self._whole else "\n") + json.dumps(told) + "\n")
+        self._whole = True
+        self._known[run.key] = {"seconds": told["seconds"], "result": result}
 
-    def _path(self, run: Run) -> Path:
-        return self.folder / f"{run.key}.json"
 
-
-def in_order(runs: Iterable[Run]) -> Iterator[Run]:
-    """Every run once, those that it needs before it."""
+def left(runs: Iterable[Run], store: Store, at_hand: Callable[[Run], bool]) -> dict[str, Run]:
+    """{key: run} of what is not ready, what others need before them: runs without a result, of those that they need,
+    however far, also the ones whose files are gone, and all in between."""
+    found: dict[str, Run] = {}
     seen: set[str] = set()
 
-    def walk(run: Run) -> Iterator[Run]:
+    def look(run: Run) -> None:
         if run.key not in seen:
             seen.add(run.key)
             for need in run.needs:
-                yield from walk(need)
-            yield run
+                look(need)
+            if not store.has(run) or not at_hand(run) or any(need.key in found for need in run.needs):
+                found[run.key] = run
 
     for run in runs:
-        yield from walk(run)
+        if not store.has(run):
+            look(run)
+    return found
 
 
 def work_off(
-    plan: Callable[[], Iterable[Run]], store: Store, perform: Callable[[Run, int], Answer], workers: int = 2
+    plan: Callable[[], Iterable[Run]],
+    store: Store,
+    perform: Callable[[Run, int], Answer],
+    workers: int = 2,
+    at_hand: Callable[[Run], bool] = lambda run: True,
 ) -> dict[str, str]:
     """Do what a plan asks for and is not there yet, `workers` runs at a time, with an equal share of the cores each.
 
@@ -110,6 +126,8 @@ def work_off(
 
     Args:
         perform: does one run, with so many threads.
+        at_hand: whether the files that a run leaves behind for others are there. Where they are not, it is done again
+            for them, and its result stays what it was.
 
     Returns:
         {key of a run that failed: why}.
@@ -121,11 +139,12 @@ def work_off(
         try:
             while True:
                 held = {run.key for run, _ in busy.values()}
-                for run in in_order(plan()):
+                todo = left(plan(), store, at_hand)
+                for run in todo.values():
                     if len(busy) >= workers:
                         break
-                    ready = run.key not in held and run.key not in failed and not store.has(run)
-                    if ready and all(store.has(need) for need in run.needs):
+                    ready = run.key not in held and run.key not in failed
+                    if ready and not any(need.key in todo for need in run.needs):
                         say(f"{run.kind} {run.name}")
                         busy[pool.submit(perform, run, threads)] = (run, time.monotonic())
                         held.add(run.key)
@@ -136,7 +155,9 @@ def work_off(
                     run, start = busy.pop(future)
                     seconds = time.monotonic() - start
                     try:
-                        store.write(run, future.result(), seconds)
+                        result = future.result()
+                        if not store.has(run):
+                            store.write(run, result, seconds)
                         say(f"{run.kind} {run.name}: done in {seconds:.0f} s")
                     except Exception as error:  # whatever it is, other runs have nothing to do with it
                         failed[run.key] = " ".join(f"{type(error).__name__}: {error}".split())

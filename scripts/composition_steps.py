@@ -6,7 +6,8 @@ The work folder:
     claims/KEY         a project with claims and moments, for all adapters that are trained on them
     trained/KEY        one adapter, in adapters/TASK
     composed/KEY       a project with links to adapters, for one tuning or merge
-    runs/KEY.json      what came out; logs/KEY.log what was said
+    logs/KEY.log       what was said
+    runs.jsonl         what came out
 """
 
 from __future__ import annotations
@@ -61,7 +62,26 @@ class Steps:
             "grid": self._grid,
             "score": self._score,
         }
-        return does[run.kind](run, threads)
+        answer = does[run.kind](run, threads)
+        if (mark := self._mark(run)) is not None:
+            mark.touch()
+        return answer
+
+    def at_hand(self, run: Run) -> bool:
+        """Whether the files that others need of a run are in the work folder."""
+        mark = self._mark(run)
+        return mark is None or mark.is_file()
+
+    def _mark(self, run: Run) -> Path | None:
+        """What says that all files of a run are there: beside them, to go where they go."""
+        if run.kind in ("claims", "train"):
+            folder = self.work / ("claims" if run.kind == "claims" else "trained") / run.key
+        elif run.kind in ("moments", "through"):
+            (of,) = run.needs
+            folder = self.work / ("claims" if of.kind == "claims" else "trained") / of.key
+        else:
+            return None
+        return folder / f"{run.key}.done"
 
     def stop(self) -> None:
         """End the processes that are at work."""

@@ -13,7 +13,7 @@ from composition_plan import (
     FA,
     FAMILIES,
     GRID,
-    HEADLINE,
+    HEADLINES,
     ONE,
     PAIR,
     SECTIONS,
@@ -44,7 +44,11 @@ class Tables:
         self.plan, self.store, self.setting, self.judged = plan, plan.store, setting, judged
 
     def all(self) -> list[Result]:
-        found = [table for size in MERGES for table in self._merges(size)]
+        found: list[Result | None] = []
+        for size in MERGES:
+            found += self._merges(size)
+            if size == 2 and len(self.plan.setup.seeds) > 1:
+                found += self._merges(size, again=True)
         return [table for table in [*found, self._scores(), self._rates()] if table is not None]
 
     def strangers(self) -> list[str]:
@@ -60,9 +64,8 @@ class Tables:
     def _trainings(self) -> Iterator[Run]:
         seen: set[str] = set()
         for kind in FAMILIES:
-            if kind != "lori" or self.plan.rate("lori-dense") is not None:
-                seen |= {run.key for run in self._there(self.plan.rate_runs(kind))}
-                yield from self._there(self.plan.rate_runs(kind))
+            seen |= {run.key for run in self._there(self.plan.rate_runs(kind))}
+            yield from self._there(self.plan.rate_runs(kind))
         for section in SECTIONS:
             for cell in self.plan.cells(section):
                 if self.plan.rate(cell.arm.kind) is not None:
@@ -75,8 +78,9 @@ class Tables:
 
     # --------------------------------------------------------------------------------------------------------- merges
 
-    def _merges(self, size: int) -> Iterator[Result]:
-        tasks, seeds = MERGES[size], self.plan.setup.seeds if size == 2 else self.plan.setup.seeds[:1]
+    def _merges(self, size: int, *, again: bool = False) -> Iterator[Result]:
+        """What was kept, and the losses, of one seed; `again`: of all seeds, what is asked of all of them."""
+        tasks, seeds = MERGES[size], self.plan.setup.seeds[: None if again else 1]
         kept, losses, bars, budgets = [], [], {}, []
         shown: set[str] = set()
         base = [self._bare(task) for task in tasks]
@@ -84,7 +88,7 @@ class Tables:
         if None not in base:
             losses.append(["base", "", "", *(f"{_nll(found, limit):.3f}" for found in base if found)])
         ways: dict[Arm, dict[str, None]] = {}  # in tables, what belongs to an arm stands together
-        for arm, hows in self.plan.waves_of(tasks):
+        for arm, hows in self.plan.again if again else self.plan.waves_of(tasks):
             ways.setdefault(arm, {}).update(dict.fromkeys(hows))
         for arm, how_each in ways.items():
             for how in how_each:
@@ -109,21 +113,23 @@ class Tables:
                     ]
                 )
                 bars[f"{arm.name}: {_named(arm, how)}"] = worst
-                if self.judged and (arm, how) == HEADLINE and size in TARGETS:
-                    what = f"worst task's retention, {arm.name}, {how}, merge of {size}"
+                if self.judged and (arm, how) == HEADLINES.get(size):
+                    what = f"worst task's retention, {arm.name}, {how}, merge of {size}, {len(cells)} seed(s)"
                     budgets.append(Budget(what, TARGETS[size], worst[0], at_most=False))
         if not kept:
             return
         spread = "mean over seeds, and the lowest to the highest of them"
         spread = f"worst: {spread}; of one seed, a 95% interval over rows drawn anew"
         columns = ["adapters", "composed", "seeds", "M values", *tasks, "mean", "worst", "train min", "else min"]
-        title = f"what the worst task keeps of its gain, merge of {size}"
+        name = "seeds" if again else str(size)
+        of = f"merge of {size}" + (f", seeds {', '.join(map(str, seeds))}" if again else "")
         setting = f"{self.setting}. Retention on unseen rows; {spread}"
-        yield Result(f"composition-{size}", title, setting, columns, kept, bars, budgets)
+        title = f"what the worst task keeps of its gain, {of}"
+        yield Result(f"composition-{name}", title, setting, columns, kept, bars, budgets)
         setting = f"{self.setting}. Nats per answer token on the same rows"
         yield Result(
-            f"composition-{size}-nll",
-            f"NLL, merge of {size}",
+            f"composition-{name}-nll",
+            f"NLL, {of}",
             setting,
             ["adapters", "composed", "seeds", *tasks],
             losses,

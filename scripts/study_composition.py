@@ -6,9 +6,11 @@ peers, at equal numbers of trained values (docs/composition.md).
     scripts/study_composition.py --work DIR --quick      the same on a toy of random weights: shows that all of it runs
 
 DIR of --data holds math/{train,test}.jsonl and commonsense/{train,test}.jsonl, rows with the fields subset,
-instruction, output, answer (the LLM-Adapters format). Every training, tuning and evaluation is kept in WORK/runs and
-not done again: what was cut short goes on, the most telling runs come first, and --report prints what is there. Rates,
-moments and lambdas are taken from dev rows that are split from the training files; the tables are of test rows.
+instruction, output, answer (the LLM-Adapters format). What comes out of a training, a tuning or an evaluation is kept in
+WORK/runs.jsonl, or in the file that --runs names, and not done again: what was cut short goes on, the most telling runs
+come first, and --report prints what is there. On a machine that has that file alone, adapters are trained anew where
+runs that are still to be done need them. Rates, moments and lambdas are taken from dev rows that are split from the
+training files; the tables are of test rows.
 
     pair     merges of math and commonsense, one seed       eight, four    merges of tasks cut from the same files
     seeds    the same with the other seeds                   scores        generated answers of a few of the first
@@ -23,6 +25,7 @@ import argparse
 import fcntl
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, help="folder of the rows (not for --quick)")
     add("--work", type=Path, required=True, help="folder of all that is made; some GB")
     add("--only", default=",".join(SECTIONS), metavar="A,B", help=f"sections, of {','.join(SECTIONS)} (default: all)")
+    add("--runs", type=Path, metavar="FILE", help="what came out of each run (default: runs.jsonl in --work)")
     add("--report", action="store_true", help="run nothing, print what is there")
     add("--quick", action="store_true", help="a toy: shows that everything runs, and judges no target")
     add("--model", default=MODEL, help=f"base model (default: {MODEL})")
@@ -129,6 +133,15 @@ REAL |= {"tune_steps": 32, "grid_rows": 64, "score_rows": 200}
 TOY = {"rank": 3, "rates": [0.1], "seeds": [0, 1], "measure_rows": 4, "tune_rows": 4, "tune_steps": 2, "grid_rows": 2}
 TOY |= {"score_rows": 2, "steps": 4, "batch": 2, "warmup": 0, "cutoff": 320, "dev_rows": 4, "watch_rows": 2}
 TOY |= {"test_rows": 3}
+
+
+def commit() -> str:
+    """Of the code that runs here; "" where it is in no repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _numbers(text: str) -> list[float]:
@@ -169,7 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup = _setup(options, base, sizes)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    store = Store(work / "runs")
+    path = (options.runs or work / "runs.jsonl").resolve()
+    if not path.parent.is_dir():
+        parser.error(f"--runs: {path.parent} is no folder")
+    store = Store(path, commit())
     plan = Plan(setup, store, FEW, FEW, FEWEST) if options.quick else Plan(setup, store)
     failed: dict[str, str] = {}
     if not options.report:
@@ -182,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             workers = 1 if options.quick else options.workers
-            failed = work_off(lambda: plan.runs(sections), store, steps, workers)
+            failed = work_off(lambda: plan.runs(sections), store, steps, workers, steps.at_hand)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -97,8 +97,8 @@ def test_a_key_hangs_on_what_decides_the_result(script: Script) -> None:
 
 
 def test_what_is_needed_comes_first_and_nothing_twice(script: Script, tmp_path: Path) -> None:
-    runs = script("composition_runs")
-    store = runs.Store(tmp_path)
+    runs, path = script("composition_runs"), tmp_path / "runs.jsonl"
+    store = runs.Store(path)
     a, b = runs.Run("k", "a", {}), runs.Run("k", "b", {})
     c = runs.Run("k", "c", {}, (a, b))
     d, e = runs.Run("k", "d", {"bad": 1}), runs.Run("k", "e", {"late": 1})
@@ -119,7 +119,7 @@ def test_what_is_needed_comes_first_and_nothing_twice(script: Script, tmp_path: 
     assert failed == {d.key: "RuntimeError: it broke"}
     assert sorted(seen) == ["a", "b", "c", "d", "e"] and seen.index("c") > max(seen.index("a"), seen.index("b"))
     assert store.result(c) == {"name": "c"} and not store.has(f)
-    fresh = runs.Store(tmp_path)
+    fresh = runs.Store(path)
     assert fresh.read(c)["seconds"] >= 0
     with pytest.raises(KeyError):
         fresh.read(f)
@@ -128,11 +128,55 @@ def test_what_is_needed_comes_first_and_nothing_twice(script: Script, tmp_path: 
     assert seen == []
 
 
+def test_files_that_are_gone_are_made_anew_where_they_are_needed(script: Script, tmp_path: Path) -> None:
+    runs, path = script("composition_runs"), tmp_path / "runs.jsonl"
+    claims = runs.Run("claims", "a", {})
+    adapter = runs.Run("train", "b", {}, (claims,))
+    own, mix = runs.Run("own", "c", {}, (adapter,)), runs.Run("mix", "d", {}, (adapter,))
+    runs.work_off(lambda: [own], runs.Store(path), lambda run, threads: {"first": True}, workers=1)
+    files: set[str] = set()  # of another machine
+    seen: list[str] = []
+
+    def perform(run: Any, threads: int) -> dict[str, Any]:
+        assert run.kind == "claims" or all(need.key in files for need in run.needs)
+        seen.append(run.kind)
+        files.add(run.key)
+        return {"first": False}
+
+    store = runs.Store(path)
+    runs.work_off(lambda: [own], store, perform, at_hand=lambda run: run.key in files)
+    assert seen == []
+    runs.work_off(lambda: [own, mix], store, perform, at_hand=lambda run: run.key in files)
+    assert seen == ["claims", "train", "mix"]
+    again = runs.Store(path)
+    assert [again.result(run)["first"] for run in (adapter, own, mix)] == [True, True, False]
+    files.discard(claims.key)  # from which what was made from it follows
+    seen.clear()
+    runs.work_off(lambda: [runs.Run("mix", "e", {}, (adapter,))], store, perform, at_hand=lambda run: run.key in files)
+    assert seen == ["claims", "mix"]
+
+
+def test_a_line_that_was_cut_short_is_passed_over(
+    script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, path = script("composition_runs"), tmp_path / "runs.jsonl"
+    a, b = runs.Run("own", "a", {}), runs.Run("own", "b", {})
+    store = runs.Store(path, "c0ffee")
+    store.write(a, {"x": 1}, 2.0)
+    store.write(b, {"x": 2}, 2.0)
+    assert json.loads(path.read_text().splitlines()[0])["commit"] == "c0ffee"
+    path.write_text(path.read_text()[:-9])
+    cut = runs.Store(path)
+    assert cut.has(a) and not cut.has(b) and f"line 2 of {path} holds no run" in capsys.readouterr().err
+    cut.write(b, {"x": 3}, 2.0)
+    assert [runs.Store(path).result(run)["x"] for run in (a, b)] == [1, 3]
+
+
 def a_plan(script: Script, tmp_path: Path, **settings: Any) -> Any:
     plan, runs = script("composition_plan"), script("composition_runs")
-    ranks = dict.fromkeys(plan.FAMILIES, 4)
+    ranks = dict.fromkeys([*plan.FAMILIES, *plan.RATED_AS], 4)
     setup = plan.Setup("base", "print", ("q_proj",), ranks, {**ranks, "fb": 2}, (1e-3, 2e-3, 4e-3), **settings)
-    return plan.Plan(setup, runs.Store(tmp_path))
+    return plan.Plan(setup, runs.Store(tmp_path / "runs.jsonl"))
 
 
 def answer_rates(plan: Any, kind: str, best: float) -> list[float]:
@@ -169,14 +213,15 @@ def test_rates_come_first_and_lori_after_its_masks(script: Script, tmp_path: Pat
     cell = names.Cell(names.PAIR, 0, names.LORI, "cat")
     assert {run.spec["peer"] for run in plan.of(cell)} == {"lori-dense"}
     answer_rates(plan, "lori-dense", 2e-3)
-    lori = list(plan.of(cell))
+    lori = plan.trainings(cell)
     assert {run.spec["peer"] for run in lori} == {"lori"}
     assert {need.spec["rate"] for run in lori for need in run.needs} == {2e-3}
+    assert plan.rate("lori") == 2e-3  # and learns as they did
 
 
 def test_arms_differ_in_what_they_say(script: Script, tmp_path: Path) -> None:
     plan, names = a_plan(script, tmp_path, isolate=2.0), script("composition_plan")
-    for kind in ("fa", "fb", "lora", "osrm"):
+    for kind in ("fa", "fb", "lora"):
         answer_rates(plan, kind, 2e-3)
 
     def trained(arm: Any, tasks: tuple[str, ...] = names.PAIR) -> Any:
@@ -384,7 +429,7 @@ def done(script: Script, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_runs(work: Path) -> dict[str, Any]:
-    return {path.stem: json.loads(path.read_text()) for path in (work / "runs").glob("*.json")}
+    return {run["key"]: run for run in map(json.loads, (work / "runs.jsonl").read_text().splitlines())}
 
 
 def nll(found: Any) -> float:
@@ -446,19 +491,17 @@ def test_the_control_has_the_same_indices_for_all(script: Script, done: Path) ->
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_what_is_there_is_not_done_again(script: Script, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (done / "runs").iterdir()}
-    gone = next(path for path in before if path.name.startswith("own-LoRA"))
-    trained = next(path for path in before if path.name.startswith("train-LoRA"))
-    told = json.loads(gone.read_text())["result"], json.loads(trained.read_text())["result"]
-    for path in (gone, trained):
-        path.unlink()
+    runs, before = done / "runs.jsonl", read_runs(done)
+    gone = {next(key for key in before if key.startswith(start)) for start in ("own-LoRA", "train-LoRA")}
+    lines = runs.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["key"] not in gone]
+    runs.write_text("".join(kept))
     assert run_study(script, done, "--only", "pair,scores") == 0
     said = capsys.readouterr().err
     assert said.count(": done in") == 2  # the adapter that was there is not trained once more
-    after = {path: path.stat().st_mtime_ns for path in (done / "runs").iterdir()}
-    assert after.keys() == before.keys()
-    assert {path for path in before if after[path] != before[path]} == {gone, trained}
-    assert (json.loads(gone.read_text())["result"], json.loads(trained.read_text())["result"]) == told
+    after = runs.read_text()
+    assert after.startswith("".join(kept)) and len(after.splitlines()) == len(lines)
+    assert {key: run["result"] for key, run in read_runs(done).items()} == {k: r["result"] for k, r in before.items()}
     assert run_study(script, done, "--report") == 0
     assert "OSRM" in capsys.readouterr().out
 
@@ -466,21 +509,20 @@ def test_what_is_there_is_not_done_again(script: Script, done: Path, capsys: pyt
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_other_batches_are_noticed(script: Script, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = next(path for path in (done / "runs").iterdir() if path.name.startswith("train-OSRM"))
-    text = path.read_text()
-    path.write_text(text.replace(json.loads(text)["result"]["batches"], "others"))
-    try:
-        assert run_study(script, done, "--report") == 1
-        assert f"{path.stem} was trained on other batches" in capsys.readouterr().err
-    finally:
-        path.write_text(text)
+    changed = done / "changed.jsonl"
+    (key,) = (key for key, run in read_runs(done).items() if key.startswith("train-OSRM-math"))
+    lines = read_runs(done)
+    lines[key]["result"]["batches"] = "others"
+    changed.write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
+    assert run_study(script, done, "--report", "--runs", str(changed)) == 1
+    assert f"{key} was trained on other batches" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_process_of_its_own_finds_the_same(script: Script, done: Path) -> None:
     study, plan, runs = script("study_composition"), script("composition_plan"), script("composition_runs")
-    store, made = runs.Store(done / "runs"), {}
+    store, made = runs.Store(done / "runs.jsonl"), {}
     whole = study.Plan
 
     def keep(setup: Any, *rest: Any) -> Any:
@@ -514,7 +556,7 @@ def test_merges_of_four(script: Script, tmp_path: Path) -> None:
 
 def test_processes_that_fail_say_why_and_can_be_stopped(script: Script, tmp_path: Path) -> None:
     runs = script("composition_runs")
-    steps = script("composition_steps").Steps(tmp_path, None, runs.Store(tmp_path / "runs"), here=False, lock=0)
+    steps = script("composition_steps").Steps(tmp_path, None, runs.Store(tmp_path / "runs.jsonl"), here=False, lock=0)
     run = runs.Run("own", "one", {})
     assert steps._start(run, ["-c", "import os; print(os.environ['OMP_NUM_THREADS'])"], tmp_path, 3) == "3\n"
     with pytest.raises(RuntimeError, match=r"exit code 3: it broke \(see .*own-one-.*\.log\)"):
@@ -535,6 +577,7 @@ def test_processes_that_fail_say_why_and_can_be_stopped(script: Script, tmp_path
         (["--quick", "--only", "triple"], "--only triple is no section: they are pair, seeds"),
         ([], "--data names the folder of the rows"),
         (["--quick", "--isolate", "0"], "--isolate must be above 0"),
+        (["--quick", "--runs", "nowhere/runs.jsonl"], "nowhere is no folder"),
         (["--quick", "--rank", "5"], "8 tasks of rank 5 need 40 columns of 32"),
     ],
 )
