@@ -203,10 +203,9 @@ class Plan:
 
     def cells(self, section: str) -> Iterator[Cell]:
         seeds = {"seeds": self.setup.seeds[1:], "scores": ()}.get(section, self.setup.seeds[:1])
-        for seed in seeds:
-            tasks = MERGES[SECTIONS[section]]
-            for arm, hows in self.again if section == "seeds" else self.waves_of(tasks):
-                yield from (Cell(tasks, seed, arm, how) for how in hows)
+        tasks = MERGES[SECTIONS[section]]
+        for arm, hows in self.again if section == "seeds" else self.waves_of(tasks):
+            yield from (Cell(tasks, seed, arm, how) for seed in seeds for how in hows)
 
     def waves_of(self, tasks: Sequence[str]) -> Sequence[Wave]:
         return self.waves if len(tasks) == 2 else self.many

@@ -6,7 +6,7 @@ peers, at equal numbers of trained values (docs/composition.md).
     scripts/study_composition.py --work DIR --quick      the same on a toy of random weights: shows that all of it runs
 
 DIR of --data holds math/{train,test}.jsonl and commonsense/{train,test}.jsonl, rows with the fields subset,
-instruction, output, answer (the LLM-Adapters format). What comes out of a training, a tuning or an evaluation is kept in
+instruction, output, answer (the LLM-Adapters format). What comes out of a training, a tuning or an evaluation stays in
 WORK/runs.jsonl, or in the file that --runs names, and not done again: what was cut short goes on, the most telling runs
 come first, and --report prints what is there. On a machine that has that file alone, adapters are trained anew where
 runs that are still to be done need them. Rates, moments and lambdas are taken from dev rows that are split from the
@@ -99,7 +99,7 @@ def _setting(setup: Setup, workers: int) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, help="folder of the rows (not for --quick)")
+    add("--data", type=Path, help="folder of the rows (not for --quick and --report)")
     add("--work", type=Path, required=True, help="folder of all that is made; some GB")
     add("--only", default=",".join(SECTIONS), metavar="A,B", help=f"sections, of {','.join(SECTIONS)} (default: all)")
     add("--runs", type=Path, metavar="FILE", help="what came out of each run (default: runs.jsonl in --work)")
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sections = options.only.split(",")
     if unknown := set(sections) - set(SECTIONS):
         parser.error(f"--only {unknown.pop()} is no section: they are {', '.join(SECTIONS)}")
-    if options.data is None and not options.quick:
+    if options.data is None and not (options.quick or options.report):
         parser.error("--data names the folder of the rows")
     if options.isolate <= 0 or options.workers < 1:
         parser.error("--isolate must be above 0, and --workers 1 or more")
@@ -178,7 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"another study, or a process that one left behind, is at work in {work}: wait for its end")
     try:
         base, data = write_toy(work) if options.quick else (find_base(options.model, say).resolve(), options.data)
-        prepare(data.resolve(), work, sizes)
+        if not options.report:
+            prepare(data.resolve(), work, sizes)
         setup = _setup(options, base, sizes)
     except (OSError, ValueError) as error:
         parser.error(str(error))
