@@ -303,9 +303,18 @@ def _penalty(project: Project, claims: TaskClaims, recipe: Recipe, say: Say, bas
         if size > MOST_BYTES:
             left_out.append(f"moments at all of its channels take {size:,} bytes, --isolate {STRENGTH:g} takes them")
         else:
-            found = (registry.moments(model, other) for other in others if other not in missing)
-            there = (moments for moments in found if moments is not None)
-            penalty = Penalty.gather(claims, there, left_out.append, base_fingerprint)
+
+            def there() -> Iterator[Moments]:
+                for other in others:
+                    try:
+                        found = registry.moments(model, other)
+                    except DataError as error:  # nobody asked for it in any way
+                        left_out.append(str(error))
+                        continue
+                    if found is not None:
+                        yield found
+
+            penalty = Penalty.gather(claims, there(), left_out.append, base_fingerprint)
     left_out += [f"the rows of {', '.join(missing)} were not measured"] if missing else []
     if is_first():  # of a launcher's processes one says it
         others = [] if penalty is None else penalty.tasks

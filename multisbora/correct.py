@@ -332,6 +332,6 @@ def _hand_out(
 
 def _singular(what: str, ridge: float) -> MergeError:
     return MergeError(
-        f"the corrected merge of {what} has no stable solution at a ridge of {ridge:g}: raise --ridge, or merge with "
-        "--method plain"
+        f"the corrected merge of {what} has no stable solution at a ridge of {ridge:g}: raise --ridge, lower lambdas "
+        "that are far above 1, or merge with --method plain"
     )

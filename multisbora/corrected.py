@@ -207,5 +207,5 @@ class Measured:
             if found.adapter not in (None, digest):
                 raise DataError(
                     f"the moments of task {task} went through another adapter than the one that is merged: run "
-                    f"multisbora {found.command} where its rows are"
+                    f"multisbora measure --trained --tasks {task} where its rows are"
                 )

@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .adapter import Adapter
-from .dataset import Example, check_length
+from .dataset import Example, check_fit
 from .errors import DataError, UsageError
 from .evaluate import log_likelihoods
 from .loading import load_model
@@ -30,9 +30,8 @@ from .probe import probe
 from .quantization import widen
 from .recipe import Recipe
 from .shifts import Effect, Figures, Watch, defined, observe
-from .train import TRAINING_FILE
+from .train import TEMPLATE, changed_since
 from .tuner import composed
-from .untrusted import read_json
 from .weights import TaskWeight, Weight, require_use, resolve
 
 ROWS = 200
@@ -232,7 +231,8 @@ def crosstalk(
         widen(model)
     examples = {task: probe(recipe, tokenizer, rows, say) for task, recipe in by_task.items()}
     for task, found in examples.items():
-        _check_fit(plain, task, found, say)
+        remedy, loss = "lower training.cutoff of its recipe to {known}", "figures of its longest rows say little"
+        check_fit(plain.config, found, f"task {task}", remedy, loss, say)
     names = {adapter.task: name for adapter, name in zip(read, model.peft_config, strict=True)}
     watches = {module: Watch(layer, list(names.values())) for module, layer in model.base_model.named_layers()}
     compositions = _compositions(lambdas)
@@ -287,30 +287,11 @@ def _check_composable(adapter: Adapter, weight: TaskWeight, base_view: str | Non
 
 def _check_template(adapter: Adapter, recipe: Recipe, say: Say) -> None:
     """Say where rows are put into words that the adapter was not trained with, as far as its folder tells."""
-    try:
-        trained = read_json(adapter.path / TRAINING_FILE)["recipe"]
-        changed = [key for key in ("prompt", "target") if trained[key] != getattr(recipe, key)]
-    except (OSError, ValueError, TypeError, KeyError):  # not made by `train`
-        return
-    if changed:
+    if changed := changed_since(adapter.path, recipe, TEMPLATE):
         say(
             f"task {adapter.task} was trained with another {' and '.join(changed)} than its recipe has now: "
             "what it is said to lose may be that"
         )
-
-
-def _check_fit(model: Any, task: str, examples: Sequence[Example], say: Say) -> None:
-    """Refuse rows with tokens or lengths that the model does not have."""
-    size = model.get_input_embeddings().weight.shape[0]
-    highest = max(max(example.input_ids) for example in examples)
-    if highest >= size:
-        raise DataError(
-            f"task {task}: its rows have token {highest}, and the vocabulary of this model has {size}: the tokenizer "
-            "beside it is another model's, put its own there"
-        )
-    longest = max(len(example.input_ids) for example in examples)
-    remedy = "lower training.cutoff of its recipe to {known}"
-    check_length(model.config, longest, f"task {task}", remedy, "figures of its longest rows say little", say)
 
 
 def _compositions(weights: Mapping[str, TaskWeight]) -> dict[_Composition, list[str]]:

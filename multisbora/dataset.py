@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +96,8 @@ def _read(source: Source) -> list[Row]:
         if suffix not in _FORMATS:
             raise DataError(f"data file {source.path} is none of {', '.join(_FORMATS)}")
     with _quiet(datasets):
+        if not remote and file.is_file() and not file.stat().st_size:
+            raise DataError(f"data file {source.path} is empty: give it rows, or name another one")
         try:
             if suffix in _FORMATS and (remote or file.is_file()):
                 path = source.path if remote else str(file)
@@ -377,6 +379,28 @@ def _reach(model: PreTrainedModel) -> int:
     longest = min(256, (getattr(config, "max_position_embeddings", None) or math.inf) - 5)
     found = (getattr(config, name, None) for name in _REACHES)
     return min((size for size in found if isinstance(size, int) and 0 < size <= longest), default=0)
+
+
+def check_fit(
+    config: Any, examples: Iterable[Example], what: str, remedy: str, loss: str, say: Callable[[str], None]
+) -> None:
+    """Refuse examples with tokens or lengths that a model does not have.
+
+    Args:
+        what, remedy, loss: as for `check_length`.
+
+    Raises:
+        DataError: a token is beyond the model's vocabulary, or a text longer than its table of positions.
+    """
+    known = list(examples)
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    highest = max(max(example.input_ids) for example in known)
+    if size is not None and highest >= size:
+        raise DataError(
+            f"{what}: its rows have token {highest}, and the vocabulary of this model has {size}: the tokenizer beside "
+            "it is another model's, put its own there"
+        )
+    check_length(config, max(len(example.input_ids) for example in known), what, remedy, loss, say)
 
 
 def check_length(config: Any, needed: int, what: str, remedy: str, loss: str, say: Callable[[str], None]) -> None:

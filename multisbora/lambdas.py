@@ -24,6 +24,7 @@ from .weights import By, TaskWeight, folded, grouped
 Array = npt.NDArray[np.float64]
 Walk = Iterator[tuple[int, Array]]
 
+MOST_SEED = 2**32 - 1  # that optuna takes
 POINTS = 8  # that a walk hands over to be judged
 RATE = 0.05  # what a lambda moves in the first step of a descent, about; the last ones hardly move it
 HIGHEST = 2.0  # of the lambdas that are looked at, with those of the start
@@ -154,7 +155,7 @@ def descend(space: Space, blend: Blend, half: Half, steps: int, slack: float, re
         rate = RATE * (1 - step / steps)
         together = together - rate * common.direction(down.sum(1, keepdims=True))
         if owned.shape[1] > 1:
-            offset = (1 - rate * regular) * offset - rate * apart.direction(down, owned)
+            offset = max(0.0, 1 - rate * regular) * offset - rate * apart.direction(down, owned)
             offset = np.where(owned, offset - _mean(offset, owned), 0)
         if (step + 1) % every == 0 or step + 1 == steps:
             yield step + 1, space.moved(together + offset)

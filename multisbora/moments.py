@@ -181,11 +181,11 @@ class Moments:
         return safetensors.numpy.save(tensors, {_HEAD: json.dumps(head, sort_keys=True)})
 
     @classmethod
-    def from_bytes(cls, content: bytes | mmap.mmap, where: str) -> Moments:
+    def from_bytes(cls, content: bytes | mmap.mmap, where: str, command: str = "measure") -> Moments:
         """What `to_bytes` gave, whoever made it: the bytes are believed in nothing. Copies no block.
 
         Args:
-            where: they are from, in messages.
+            where, command: in messages: where they are from, and what measures them anew.
 
         Raises:
             DataError: they are none; or as the constructor.
@@ -205,7 +205,7 @@ class Moments:
             raise DataError(f"{where}: {error}") from None
         except (ValueError, UsageError) as error:
             raise DataError(
-                f"{where} holds no moments that can be used, {error}: run multisbora measure anew"
+                f"{where} holds no moments that can be used, {error}: run multisbora {command} anew"
             ) from None
 
 
@@ -235,8 +235,8 @@ def read_beside(adapter: Path) -> Moments | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:  # an empty file has no map
-        raise DataError(f"{path} cannot be read: {error}") from None
-    found = Moments.from_bytes(content, str(path))
+        raise DataError(f"{path} cannot be read ({error}): run multisbora measure --trained anew") from None
+    found = Moments.from_bytes(content, str(path), "measure --trained")
     if found.adapter is None:
         raise DataError(f"{path} holds moments of the base model alone: run multisbora measure --trained anew")
     return found

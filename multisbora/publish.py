@@ -8,6 +8,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,10 +73,11 @@ def publish_file(output: str | os.PathLike[str], needed: int = 0) -> Iterator[Pa
 
 
 def check_output(output: str | os.PathLike[str], needed: int = 0) -> None:
-    """Refuse a place where `publish` could not put `needed` bytes, without writing anything.
+    """Refuse a place where `publish` could not put `needed` bytes. What it tries with leaves nothing.
 
     Raises:
-        CheckpointError: it exists and is not an empty folder, or the disk has too little free space.
+        CheckpointError: it exists and is not an empty folder, nothing can be written where it is to be, or the disk has
+            too little free space.
     """
     output = Path(os.path.abspath(output))
     if os.path.lexists(output) and (output.is_symlink() or not output.is_dir() or any(output.iterdir())):
@@ -84,10 +86,10 @@ def check_output(output: str | os.PathLike[str], needed: int = 0) -> None:
 
 
 def check_output_file(output: str | os.PathLike[str], needed: int = 0) -> None:
-    """Refuse a place where `publish_file` could not put `needed` bytes, without writing anything.
+    """Refuse a place where `publish_file` could not put `needed` bytes. What it tries with leaves nothing.
 
     Raises:
-        CheckpointError: something is there, or the disk has too little free space.
+        CheckpointError: something is there, nothing can be written beside it, or the disk has too little free space.
     """
     output = Path(os.path.abspath(output))
     if os.path.lexists(output):
@@ -96,8 +98,15 @@ def check_output_file(output: str | os.PathLike[str], needed: int = 0) -> None:
 
 
 def _require_space(output: Path, needed: int) -> None:
-    standing = next((path for path in output.parents if path.is_dir()), None)
-    free = shutil.disk_usage(standing).free if standing else 0
+    standing = next(path for path in output.parents if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=standing):
+            pass
+        free = shutil.disk_usage(standing).free
+    except OSError as error:
+        raise CheckpointError(
+            f"{output} cannot be made, {standing} takes no files ({error.strerror}): choose another output"
+        ) from None
     if needed and free < needed + _MARGIN:
         raise CheckpointError(
             f"out of disk space for {output}: it needs {_gigabytes(needed + _MARGIN)}, {_gigabytes(free)} are free; "

@@ -14,6 +14,9 @@ from pydantic_core import PydanticCustomError
 
 from .errors import UsageError
 
+# What reading YAML raises: the values that its types are made of, such as dates, raise what Python does.
+FAULTS = (yaml.YAMLError, ValueError, LookupError, TypeError, OverflowError)
+
 
 class Strict(BaseModel):
     """A frozen settings object that takes the keys it names and no others."""
@@ -68,7 +71,7 @@ def load_yaml(path: Path) -> dict[Any, Any]:
         raise UsageError(f"{path} cannot be read: {error}") from None
     except RecursionError:
         raise UsageError(f"{path} is no usable YAML: its values are nested too deeply") from None
-    except yaml.YAMLError as error:
+    except FAULTS as error:
         raise UsageError(f"{path} is no valid YAML: {_problem(error)}") from None
     if content is None:
         raise UsageError(f"{path} is empty: it must hold `key: value` lines")
@@ -107,7 +110,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise UsageError(f"--set {override!r} is not KEY=VALUE, for example training.learning_rate=1e-4")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except FAULTS:
         raise UsageError(f"--set {override!r}: the value is no valid YAML") from None
     if isinstance(value, str):  # YAML 1.1 wants a dot in 1e-4
         with contextlib.suppress(ValueError):
@@ -122,7 +125,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def _problem(error: yaml.YAMLError) -> str:
+def _problem(error: Exception) -> str:
     """Where in the file a YAML error is, and what it is."""
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error)

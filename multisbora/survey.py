@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .adapter import Adapter
-from .dataset import Example, check_length, load_rows
+from .dataset import Example, check_fit, load_rows
 from .errors import AdapterError, DataError, UsageError
 from .geometry import Geometry
 from .loading import load_config, load_tokenizer
@@ -23,6 +23,7 @@ from .registry.measured import block_channels
 from .registry.replay import digests
 from .shares import check_claims
 from .stream import fingerprint
+from .train import TEMPLATE, changed_since
 from .view import Kind
 
 Say = Callable[[str], None]
@@ -85,7 +86,7 @@ class Survey:
 
         Raises:
             UsageError: no task, no rows, or a task without a recipe and no text; or a text for trained tasks.
-            AdapterError: a trained task has no adapter, or one of another base or of other claims.
+            AdapterError: a trained task has no adapter, or one of another task, base or claims.
             DataError: a task's rows are missing or do not fit its recipe or the model, or the text cannot be read.
         """
         if rows < 1:
@@ -104,6 +105,11 @@ class Survey:
             if len(examples) < min(rows, FEW):
                 say(f"task {task} has {len(examples)} rows to measure, few to tell it from others by: {FEW} or more do")
             adapter = _adapter(project, registry, task) if trained else None
+            if adapter is not None and recipe is not None and (odd := changed_since(adapter.path, recipe, TEMPLATE)):
+                say(
+                    f"task {task} was trained with another {' and '.join(odd)} than its recipe has now: what is "
+                    "measured is of rows that its adapter does not know in these words"
+                )
             subjects.append(Subject(task, examples, source, {}, quantization, adapter))
         if text is not None and all(subject.source == "task" for subject in subjects):
             say(f"{text} is not used: all of these tasks have rows of their own")
@@ -167,12 +173,14 @@ def _adapter(project: Project, registry: Registry | None, task: str) -> Adapter:
     """A task's trained adapter.
 
     Raises:
-        AdapterError: there is none, or it is damaged or of other claims.
+        AdapterError: there is none, or it is damaged or of another task or of other claims.
     """
     folder = project.adapter(task)
     if not folder.is_dir():
         raise AdapterError(f"{folder} does not exist: `multisbora train --task {task}` first, or leave --trained out")
     found = Adapter.read(folder)
+    if found.task != task:
+        raise AdapterError(f"{folder} holds the adapter of task {found.task}: put that of task {task} in its place")
     if registry is not None:
         with registry.reading() as reader:
             check_claims([found], {task: digests(reader, project.model_name, task)})
@@ -198,9 +206,8 @@ def _examples(
         return text_examples(text, tokenizer, rows, known), "text", quantization
     assert recipe is not None
     examples = probe(recipe, tokenizer, rows, say)
-    longest = max(len(example.input_ids) for example in examples)
-    loss = "what is measured beyond that says little"
-    check_length(config, longest, f"task {task}", "lower training.cutoff to {known}", loss, say)
+    remedy, loss = "lower training.cutoff to {known}", "what is measured beyond that says little"
+    check_fit(config, examples, f"task {task}", remedy, loss, say)
     return examples, "task", quantization
 
 

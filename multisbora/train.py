@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from transformers.training_args import OptimizerNames
 
 from .adapter import WEIGHTS_FILE
 from .attention import use_flash_attention, use_packed_attention
-from .dataset import Encoded, Example, Row, check_examples, check_length, encode, load_rows, overlap, packs, split
+from .dataset import Encoded, Example, Row, check_examples, check_fit, encode, load_rows, overlap, packs, split
 from .distributed import Processes, hush
 from .errors import DataError, TrainingError, UsageError
 from .geometry import Geometry, from_checkpoint
@@ -35,8 +35,10 @@ from .sharding import whole_adapter
 from .stream import fingerprint
 from .trainer import TaskTrainer, checkpoint_files
 from .tuner import SboraConfig
+from .untrusted import read_json
 
 TRAINING_FILE = "training.json"
+TEMPLATE = ("prompt", "target")  # what of a recipe makes words of a row
 # The schedules that need nothing but the warm-up and the number of steps, which is all that a recipe says of them.
 _SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial"),
@@ -159,6 +161,9 @@ def train(
         )
         _check_names(recipe)
         data = _prepare(recipe, base, say)
+        # A run that goes on knows how it was begun. Of a new one nobody is told that it trains before this is settled.
+        if callable(penalty) and not run.is_dir():
+            penalty = _asked(penalty, recipe, claims, base_print)
     if dry_run:
         if callable(penalty) and not (run / ISOLATION_FILE).is_file():
             _asked(penalty, recipe, claims, base_print)
@@ -368,10 +373,21 @@ def _prepare(recipe: Recipe, base: Path, say: Callable[[str], None]) -> _Data:
     if parts.dev:
         dev = encode(recipe, parts.dev, tokenizer, cutoff, "row" if parts.of_training else "dev row")
         check_examples(dev, recipe, say, "dev ")
-    longest = max(len(example.input_ids) for part in (train, dev) if part for example in part.examples)
+    examples = [example for part in (train, dev) if part for example in part.examples]
     remedy, loss = "lower training.cutoff to {known}", "what it learns and scores beyond that is worth little"
-    check_length(load_config(base), longest, f"task {recipe.name}", remedy, loss, say)
+    check_fit(load_config(base), examples, f"task {recipe.name}", remedy, loss, say)
     return _Data(train, dev, lambda example: str(tokenizer.decode(example.input_ids)))
+
+
+def changed_since(adapter: Path, recipe: Recipe, keys: Sequence[str]) -> list[str]:
+    """Which of a recipe's keys ("seed" is training.seed) are not what an adapter was trained with, as far as its folder
+    tells: nothing where another trainer made it."""
+    told: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        content = read_json(adapter / TRAINING_FILE)["recipe"]
+        told = {**content, "seed": content["training"]["seed"]}
+    now = {**recipe.model_dump(mode="json"), "seed": recipe.training.seed}
+    return [key for key in keys if told and told.get(key) != now[key]]
 
 
 def _expected(recipe: Recipe, task: str, output: Path, encoded: Encoded, parameters: int) -> TrainResult:

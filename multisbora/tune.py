@@ -12,7 +12,7 @@ the points that hold to this the one with the best worst retention is taken.
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,18 +28,17 @@ from .blend import Blend, Half
 from .checkpoint import Checkpoint
 from .correct import RIDGE, check_ridge
 from .corrected import Measured, spread_all
-from .dataset import Example
+from .dataset import Example, check_fit
 from .errors import DataError, TrainingError, UsageError
 from .geometry import from_checkpoint
-from .lambdas import Space, descend, require_optuna, search
-from .loading import load_model, load_tokenizer
+from .lambdas import MOST_SEED, Space, descend, require_optuna, search
+from .loading import load_config, load_model, load_tokenizer
 from .moments import Moments
 from .probe import BATCH_TOKENS, probe
 from .quantization import widen
 from .recipe import Recipe
 from .shares import Share, load, require_disjoint, shares_of
-from .train import TRAINING_FILE
-from .untrusted import read_json
+from .train import TEMPLATE, changed_since
 from .weights import By, TaskWeight, Weight, resolve
 
 Method = Literal["gradient", "search"]
@@ -48,6 +47,7 @@ Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 STEP_TOKENS = 1024  # of each task in one step of the gradient
+MOST_LAMBDA = 1e30  # times a value of fp32, which goes to 3e38
 LEAST_HEARD = 0.01  # lambda of a corrected merge: at 0 a task has no say in it
 LEAST_GAIN = 0.01  # of the base's loss: what share of a smaller gain is lost would be noise
 
@@ -171,7 +171,7 @@ def tune(
         slack: share of its gain that a task may lose, against the start, for the good of the others; 0 lets none lose.
         regular: how strongly a task's lambdas are pulled towards their mean (or to the pattern of the start, moved by
             their mean), which is free. A matrix of average slope stays within 1/regular of it; 0 pulls not at all.
-        seed: of the search.
+        seed: of the search, from 0 to 2**32 - 1.
         base_view: see `load_model`.
         moments: task -> moments: tune for `merge` by method corrected, with these; None for the plain one.
         ridge: of that merge; None takes its usual one.
@@ -185,7 +185,7 @@ def tune(
         AdapterError, MergeError, CheckpointError: what could not be merged either.
         TrainingError: a loss that is not finite, or no gradient to be had.
     """
-    _check(by, method, rows, steps, slack, regular)
+    _check(by, method, rows, steps, slack, regular, seed)
     loaded = load(adapters)
     names = [adapter.task for adapter in loaded]
     weights = resolve(names, start)
@@ -193,6 +193,7 @@ def tune(
     shares = _composition(Path(base), loaded, weights)
     own = {adapter.task: list(adapter.modules) for adapter in loaded}
     space = Space.of(own, weights, by, 0.0 if moments is None else LEAST_HEARD)
+    _check_start(space.start, names)
     correction = _correction(loaded, moments, ridge, space.start[space.present])
     ridge, spreads = None, None
     if correction is not None:
@@ -202,11 +203,14 @@ def tune(
         require_optuna()
         if space.size > steps:
             raise UsageError(f"a search of {steps} steps cannot find {space.size} lambdas: raise steps, or use fewer")
-    tokenizer = load_tokenizer(Path(base))
+    tokenizer, config = load_tokenizer(Path(base)), load_config(Path(base))
     halves: list[tuple[list[Example], list[Example]]] = []
     for adapter in loaded:
         _tell_recipe(adapter, known[adapter.task], say)
-        halves.append(_halves(probe(known[adapter.task], tokenizer, rows, say, least=2), adapter.task))
+        examples = probe(known[adapter.task], tokenizer, rows, say, least=2)
+        remedy, loss = "lower training.cutoff of its recipe to {known}", "lambdas from its longest rows say little"
+        check_fit(config, examples, f"task {adapter.task}", remedy, loss, say)
+        halves.append(_halves(examples, adapter.task))
     first, *others = (adapter.path for adapter in loaded)
     model, _ = load_model(first, base, others, base_view=base_view, say=say)
     if dry_run:
@@ -304,7 +308,8 @@ def _gains(names: Sequence[str], learn: Half, judge: Half, say: Say) -> Flags:
             for name, nll in zip(names, half.nll(nats), strict=True):
                 if not np.isfinite(nll):
                     raise TrainingError(
-                        f"task {name}: its loss with {what} is {nll}: is an adapter or the base broken?"
+                        f"task {name}: its loss with {what} is {nll}: is an adapter or the base broken"
+                        + (", or a lambda far too large?" if nats is half.start else "?")
                     )
         gains &= half.gain > LEAST_GAIN * half.nll(half.base)
     losses = [(half.nll(half.base), half.nll(half.own)) for half in (learn, judge)]
@@ -325,14 +330,27 @@ def _gains(names: Sequence[str], learn: Half, judge: Half, say: Say) -> Flags:
 # ---------------------------------------------------------------------------------------------------------- checking
 
 
-def _check(by: str, method: str, rows: int, steps: int, slack: float, regular: float) -> None:
+def _check(by: str, method: str, rows: int, steps: int, slack: float, regular: float, seed: int) -> None:
     if by not in get_args(By):
         raise UsageError(f"by {by!r} is unknown: use {', '.join(get_args(By))}")
     if method not in get_args(Method):
         raise UsageError(f"method {method!r} is unknown: use {' or '.join(get_args(Method))}")
     for name, value, least in (("rows", rows, 2), ("steps", steps, 1), ("slack", slack, 0), ("regular", regular, 0)):
-        if not np.isfinite(value) or value < least:
-            raise UsageError(f"{name} must be at least {least}, got {value}")
+        if not least <= value < math.inf:
+            raise UsageError(f"{name} must be at least {least} and finite, got {value}")
+    if not 0 <= seed <= MOST_SEED:
+        raise UsageError(f"seed must be from 0 to {MOST_SEED}, got {seed}")
+
+
+def _check_start(start: Array, tasks: Sequence[str]) -> None:
+    """Refuse lambdas that no value of fp32 can be multiplied by.
+
+    Raises:
+        UsageError: there are such.
+    """
+    for task, lambdas in zip(tasks, start, strict=True):
+        if np.abs(lambdas).max(initial=0) > MOST_LAMBDA:
+            raise UsageError(f"task {task}: a lambda of {np.abs(lambdas).max():g} is too large to start from: lower it")
 
 
 def _recipes(names: Sequence[str], recipes: Sequence[Recipe]) -> dict[str, Recipe]:
@@ -389,13 +407,7 @@ def _correction(
 
 def _tell_recipe(adapter: Adapter, recipe: Recipe, say: Say) -> None:
     """Say so where a task's rows are read in another way than when it was trained: they may be rows that it learned."""
-    told: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # of another trainer, it says nothing
-        content = read_json(adapter.path / TRAINING_FILE)["recipe"]
-        told = {**content, "seed": content["training"]["seed"]}
-    now = {**recipe.model_dump(mode="json"), "seed": recipe.training.seed}
-    keys = ("prompt", "target", "train", "dev", "dev_size", "seed")
-    if odd := [key for key in keys if told and told.get(key) != now[key]]:
+    if odd := changed_since(adapter.path, recipe, (*TEMPLATE, "train", "dev", "dev_size", "seed")):
         say(
             f"task {adapter.task}: {', '.join(odd)} of its recipe differ from those that it was trained with: it may "
             "have learned some of these rows, or know them in another form"

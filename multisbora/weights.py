@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -17,7 +18,7 @@ from .delta import pattern_value
 from .errors import UsageError
 from .patterns import MAX_PATTERNS, check_pattern
 from .settings import load_yaml
-from .untrusted import read_json
+from .untrusted import read_json, shown
 
 DEFAULT = "default"
 Weight = float | Mapping[str, float]
@@ -170,8 +171,13 @@ class GivenWeights:
         Args:
             say: told of tasks in the file that are not among `tasks`.
             done: what is not done with those, in that message.
+
+        Raises:
+            UsageError: the file has a weight for none of the tasks.
         """
-        if unused := sorted(set(self.from_file) - set(tasks)):
+        if unused := [shown(task) for task in sorted(set(self.from_file) - set(tasks))]:
+            if len(unused) == len(self.from_file):
+                raise UsageError(f"{self.file} has weights of {', '.join(unused)}, and for none of {', '.join(tasks)}")
             say(f"{self.file}: the weights of {', '.join(unused)} are not used, since they are not {done}")
         return {task: value for task, value in self.from_file.items() if task in tasks} | dict(self.options)
 
@@ -187,9 +193,19 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, TaskWeight]:
     if not isinstance(content, dict) or not content or any(not isinstance(task, str) for task in content):
         raise UsageError(f"{path} holds no weights: write a line `task: lambda` for each task")
     try:
-        return {task: TaskWeight.of(value, task) for task, value in content.items()}
+        return {task: TaskWeight.of(_numbers(value), task) for task, value in content.items()}
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
+
+
+def _numbers(value: Any) -> Any:
+    """What a file says, with numbers where YAML reads words: it wants a dot in 1e-4."""
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def grouped(modules: Iterable[str], by: By) -> dict[str, list[str]]:

@@ -155,6 +155,18 @@ def test_what_cannot_be_measured_through_an_adapter(trained: Path, run: Run) -> 
     Path("text").write_text("some words")
     text = run("measure", "--trained", "--tasks", "adding", "--text", "text")
     assert_refused(text, 2, "--text stands for rows before training", progress=True)
+    for content, words in ((b"", "cannot be read"), (b"x" * 64, "holds no moments that can be used")):
+        (Path("adapters/adding") / MOMENTS_FILE).write_bytes(content)
+        broken = run("merge", "--output", "o", "--method", "corrected")
+        assert_refused(broken, 1, words, "run multisbora measure --trained anew", progress=True)
+    Path("adapters/adding").rename("adapters/kept")
+    shutil.copytree("adapters/doubling", "adapters/adding")
+    swapped = run("measure", "--trained", "--tasks", "adding")
+    assert_refused(swapped, 1, "adapters/adding holds the adapter of task doubling", progress=True)
+    shutil.rmtree("adapters/adding")
+    Path("adapters/kept").rename("adapters/adding")
+    other = run("measure", "--trained", "--tasks", "adding", "--rows", "8", "--set", "prompt='{instruction} ='")
+    assert "task adding was trained with another prompt than its recipe has now" in other.err
     shutil.rmtree("adapters/doubling")
     missing = run("measure", "--trained", "--tasks", "doubling")
     assert_refused(missing, 1, "adapters/doubling does not exist", "multisbora train --task doubling", progress=True)

@@ -45,6 +45,12 @@ def test_losses_are_those_of_the_merged_checkpoint(trained: Path, run: Run) -> N
     found = run("crosstalk", *weights, *rows, "--json")
     assert "weights.yaml: the weights of other are not used" in found.err
     assert [task["weight"] for task in found.json["tasks"].values()] == [0.5, {"default": 1.0, "q_proj": -1.0}]
+    Path("foreign.yaml").write_text("other: 3\n")
+    foreign = run("crosstalk", "--rows", "1", "--weights-from", "foreign.yaml")
+    assert_refused(foreign, 2, "foreign.yaml has weights of other, and for none of adding, doubling", progress=True)
+    Path("small.yaml").write_text("adding: 1e-05\n")
+    small = run("crosstalk", "--rows", "1", "--weights-from", "small.yaml", *rows, "--json").json
+    assert small["tasks"]["adding"]["weight"] == 1e-05
     project = Project.load()
     given = (["doubling:q_proj=-1"], Path("weights.yaml"), Path("merged"))
     merge_tasks(project, None, *given, None, None, None, False, False, lambda message: None)

@@ -120,7 +120,7 @@ def test_fields_that_only_some_rows_have(tmp_path: Path) -> None:
         ("broken.parquet", "PAR1 no parquet", ("broken.parquet cannot be read",)),
         ("none.json", "[]", ("none.json",)),
         ("none.csv", "question,output\n", ("none.csv",)),
-        ("empty.json", "", ("empty.json",)),
+        ("empty.json", "", ("empty.json is empty",)),
         ("empty.csv", "", ("empty.csv",)),
     ],
 )

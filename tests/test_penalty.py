@@ -378,6 +378,31 @@ def test_blocks_that_take_more_memory_than_the_model(project: Path, run: Run, mo
     assert run("train", "--task", "adding", "--dry-run", "--isolate", "1000").code == 0
 
 
+def test_a_refusal_comes_before_anything_is_begun(project: Path, run: Run) -> None:
+    run("allocate", "--tasks", "adding,doubling")
+    events = len(run("registry", "history", "--json").json)
+    refusal = run("train", "--task", "adding", "--isolate", "1")
+    assert_refused(refusal, 1, "doubling, whose rows nobody has measured", "multisbora measure --tasks doubling")
+    assert not Path("adapters").exists() and len(run("registry", "history", "--json").json) == events
+    assert run("release", "--task", "adding").code == 0
+
+
+def test_damaged_moments_of_others_hinder_nobody_who_does_not_need_them(
+    project: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("allocate", "--tasks", "adding,doubling")
+    run("measure", "--tasks", "doubling")
+
+    def damaged(registry: Registry, model: str, task: str) -> Moments:
+        raise DataError(f"the moments of task {task} are damaged")
+
+    monkeypatch.setattr(Registry, "moments", damaged)
+    assert "not isolated from other tasks: the moments of task doubling are damaged" in (
+        run("train", "--task", "adding", "--dry-run").err
+    )
+    assert_refused(run("train", "--task", "adding", "--dry-run", "--isolate", "1"), 1, "doubling are damaged")
+
+
 def test_channels_that_were_claimed_since(project: Path, run: Run) -> None:
     run("allocate", "--tasks", "doubling")
     run("measure", "--tasks", "doubling")

@@ -56,7 +56,7 @@ def test_publish_takes_an_empty_folder_and_no_other(tmp_path: Path) -> None:
         (tmp_path / "late").mkdir()
         (tmp_path / "late" / "theirs").write_text("")
     assert [path.name for path in (tmp_path / "late").iterdir()] == ["theirs"]
-    with pytest.raises(CheckpointError, match="was not written"), publish(tmp_path / "file" / "below"):
+    with pytest.raises(CheckpointError, match="cannot be made"), publish(tmp_path / "file" / "below"):
         pytest.fail("the block must not run")
 
 
@@ -182,7 +182,9 @@ def test_a_place_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     refused(lambda: check_output_file(tmp_path / "empty"), CheckpointError, "empty exists: choose another output")
     for check in (check_output, check_output_file):
         refused(lambda check=check: check(tmp_path / "new", 1 << 60), CheckpointError, "out of disk space for", "GB")
+        refused(lambda check=check: check(tmp_path / "empty" / "file" / "new"), CheckpointError, "file takes no files")
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["file"]
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -363,7 +364,7 @@ def test_a_task_without_enough_rows(made: Made, tmp_path: Path) -> None:
         recipe = Recipe.model_validate({**made.recipes[0].model_dump(mode="json"), "dev": dev, **settings})
         return lambda: made._replace(recipes=[recipe, made.recipes[1]]).tuned()
 
-    refused(given(range(0)), DataError, "dev.jsonl cannot be read")
+    refused(given(range(0)), DataError, "dev.jsonl is empty")
     refused(given(range(1)), DataError, "adding", "has 1 rows", "needs 2")
     refused(given(range(200, 210), training={"cutoff": 14}), DataError, "adding", "exceed 14 tokens", "raise training")
     refused(given(range(200, 210), prompt="{missing}"), DataError, "missing")
@@ -448,8 +449,10 @@ def test_adapters_that_could_not_be_merged(made: Made, tmp_path: Path) -> None:
         ({"rows": 1}, ["rows must be at least 2"]),
         ({"steps": 0}, ["steps must be at least 1"]),
         ({"slack": -0.1}, ["slack must be at least 0"]),
-        ({"slack": float("nan")}, ["slack must be at least 0, got nan"]),
-        ({"regular": float("inf")}, ["regular must be at least 0, got inf"]),
+        ({"slack": float("nan")}, ["slack must be at least 0 and finite, got nan"]),
+        ({"regular": float("inf")}, ["regular must be at least 0 and finite, got inf"]),
+        ({"seed": -1}, ["seed must be from 0 to 4294967295, got -1"]),
+        ({"start": {"adding": 1e39}}, ["task adding: a lambda of 1e+39 is too large to start from"]),
         ({"start": {"law": 1}}, ["a weight is given for 'law'"]),
         ({"start": {"adding": float("nan")}}, ["the weight of adding must be a finite number"]),
         ({"start": {"adding": {"k_prj": 1}}}, ["'k_prj' names none of its matrices"]),
@@ -458,6 +461,14 @@ def test_adapters_that_could_not_be_merged(made: Made, tmp_path: Path) -> None:
 )
 def test_arguments_that_mean_nothing(made: Made, settings: dict[str, Any], words: list[str]) -> None:
     refused(lambda: made.tuned(**settings), UsageError, *words)
+
+
+def test_rows_that_the_model_cannot_read(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tuning.load_config(made.base)
+    small = copy.deepcopy(config)
+    small.vocab_size = 40
+    monkeypatch.setattr(tuning, "load_config", lambda folder: small)
+    refused(made.tuned, DataError, "task adding: its rows have token", "the vocabulary of this model has 40")
 
 
 def test_tasks_and_recipes_belong_together(made: Made) -> None:
