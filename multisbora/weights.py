@@ -189,17 +189,17 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, TaskWeight]:
         UsageError: it is missing, unreadable, or something else.
     """
     path = Path(path)
-    content = _load_json(path) if path.suffix == ".json" else load_yaml(path)
+    content = _load_json(path) if path.suffix == ".json" else _numbers(load_yaml(path))
     if not isinstance(content, dict) or not content or any(not isinstance(task, str) for task in content):
         raise UsageError(f"{path} holds no weights: write a line `task: lambda` for each task")
     try:
-        return {task: TaskWeight.of(_numbers(value), task) for task, value in content.items()}
+        return {task: TaskWeight.of(value, task) for task, value in content.items()}
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
 
 def _numbers(value: Any) -> Any:
-    """What a file says, with numbers where YAML reads words: it wants a dot in 1e-4."""
+    """What YAML holds, with numbers where it reads words: it wants a dot in 1e-4."""
     if isinstance(value, dict):
         return {key: _numbers(inner) for key, inner in value.items()}
     if isinstance(value, str):

@@ -441,5 +441,6 @@ def test_launchers(runs: Path, tmp_path: Path, name: str) -> None:
         assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     alone = runs / "project" / "adapters" / "adding"
-    assert found["steps"] == 3 and found["loss"] == metrics(alone)[-1]["loss"]
+    # Two processes add up in another order than one.
+    assert found["steps"] == 3 and found["loss"] == pytest.approx(metrics(alone)[-1]["loss"], rel=1e-6)
     assert weights(tmp_path / "adapters" / "adding").keys() == weights(alone).keys()
