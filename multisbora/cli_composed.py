@@ -66,7 +66,7 @@ def tune(
     regular: Annotated[
         float, typer.Option("--regular", min=0, help="How strongly the gradient holds lambdas of one task together.")
     ] = 0.5,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of the search.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the search.")] = 0,
     corrected: Annotated[bool, typer.Option("--corrected", help="For a merge by `--method corrected`.")] = False,
     ridge: Annotated[float | None, typer.Option("--ridge", help="Of that merge, 0.01 if not given.")] = None,
     weight: Weight = None,

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -382,7 +382,7 @@ def _reach(model: PreTrainedModel) -> int:
 
 
 def check_fit(
-    config: Any, examples: Iterable[Example], what: str, remedy: str, loss: str, say: Callable[[str], None]
+    config: Any, examples: Sequence[Example], what: str, remedy: str, loss: str, say: Callable[[str], None]
 ) -> None:
     """Refuse examples with tokens or lengths that a model does not have.
 
@@ -392,15 +392,14 @@ def check_fit(
     Raises:
         DataError: a token is beyond the model's vocabulary, or a text longer than its table of positions.
     """
-    known = list(examples)
     size = getattr(config.get_text_config(), "vocab_size", None)
-    highest = max(max(example.input_ids) for example in known)
+    highest = max(max(example.input_ids) for example in examples)
     if size is not None and highest >= size:
         raise DataError(
             f"{what}: its rows have token {highest}, and the vocabulary of this model has {size}: the tokenizer beside "
             "it is another model's, put its own there"
         )
-    check_length(config, max(len(example.input_ids) for example in known), what, remedy, loss, say)
+    check_length(config, max(len(example.input_ids) for example in examples), what, remedy, loss, say)
 
 
 def check_length(config: Any, needed: int, what: str, remedy: str, loss: str, say: Callable[[str], None]) -> None:

@@ -82,7 +82,7 @@ def check_output(output: str | os.PathLike[str], needed: int = 0) -> None:
     output = Path(os.path.abspath(output))
     if os.path.lexists(output) and (output.is_symlink() or not output.is_dir() or any(output.iterdir())):
         raise _taken(output)
-    _require_space(output, needed)
+    _require_place(output, needed)
 
 
 def check_output_file(output: str | os.PathLike[str], needed: int = 0) -> None:
@@ -94,10 +94,10 @@ def check_output_file(output: str | os.PathLike[str], needed: int = 0) -> None:
     output = Path(os.path.abspath(output))
     if os.path.lexists(output):
         raise _taken_file(output)
-    _require_space(output, needed)
+    _require_place(output, needed)
 
 
-def _require_space(output: Path, needed: int) -> None:
+def _require_place(output: Path, needed: int) -> None:
     standing = next(path for path in output.parents if os.path.lexists(path))
     try:
         with tempfile.TemporaryFile(dir=standing):
