@@ -198,10 +198,10 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, TaskWeight]:
         raise UsageError(f"{path}: {error}") from None
 
 
-def _numbers(value: Any) -> Any:
-    """What YAML holds, with numbers where it reads words: it wants a dot in 1e-4."""
-    if isinstance(value, dict):
-        return {key: _numbers(inner) for key, inner in value.items()}
+def _numbers(value: Any, depth: int = 2) -> Any:
+    """What YAML holds, with numbers where it reads words: it wants a dot in 1e-4. As deep as weights are."""
+    if isinstance(value, dict) and depth:
+        return {key: _numbers(inner, depth - 1) for key, inner in value.items()}
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return float(value)

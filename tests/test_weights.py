@@ -161,6 +161,7 @@ def test_a_file_of_something_else(tmp_path: Path, content: str) -> None:
         ("w.yaml", "math: 1\nmath: 2", "w.yaml"),
         ("w.yaml", "math: .nan", "the weight of math must be a finite number, got nan"),
         ("w.yaml", f"math: {'9' * 400}", "the weight of math must be a finite number"),
+        ("w.yaml", "math: &a {q_proj: *a}", "the weight of math in q_proj must be a finite number"),
         ("w.yaml", "math: {q_proj: one}", "the weight of math in q_proj must be a finite number, got 'one'"),
     ],
 )
