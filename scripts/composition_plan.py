@@ -104,9 +104,9 @@ AGAIN: tuple[Wave, ...] = (
 )
 MANY: tuple[Wave, ...] = (
     (FA_BOTH, (ONE, *SOLVED, MEAN)),
-    (FA, (ONE, CORRECTED, MEAN)),
-    (LORA, (SUMS[0], *OTHERS)),
     (JOINT, (ONE,)),
+    (LORA, (SUMS[0], *OTHERS)),
+    (FA, (ONE, CORRECTED, MEAN)),
     (FA_BOTH, (BY_MATRIX,)),
     (LORA, SUMS[1:]),
     (OVERLAP, (ONE, GRID)),
