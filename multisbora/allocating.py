@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .allocator import Allocation, allocate
-from .errors import DataError, MultisboraError, UsageError
+from .errors import DataError, MultisboraError, RegistryError, UsageError
 from .geometry import Geometry
 from .hub import find_here, local_folder
 from .journal import reading
@@ -62,6 +62,7 @@ def allocate_tasks(
 
     Raises:
         DataError: moments of another base model; or of a task that is there already none, and its rows are not here.
+        RegistryError: isolated indices are asked for, and moments that they hang on are damaged.
     """
     names = list(tasks) or list(dict.fromkeys(t for members in (compositions or {}).values() for t in members))
     for name in names:
@@ -131,13 +132,15 @@ def _find_moments(
             _say_what_is_kept(registry, model, kept, say)
         if not new:
             return {}
-        known = (
-            {task: registry.moments(model, task, channels=False) for task in registry.measured(model)}
-            if registry
-            else {}
-        )
-    found = {task: moments for task, moments in known.items() if moments is not None}
+        found, damaged = _readable(registry, model) if registry else ({}, {})
     needed = new.union(*(tasks for tasks in members.values() if not tasks.isdisjoint(new)))
+    for task, error in damaged.items():
+        if task not in needed:
+            say(f"no room is left for task {task}: {error}")
+        elif project.strategy == "auto":
+            return str(error)
+        else:
+            raise error
     missing = sorted(needed - found.keys())
     if missing and project.strategy == "auto":
         if len(needed) == 1:
@@ -172,6 +175,21 @@ def _find_moments(
             say(f"task {task} was measured on another base model: no room is left for it")
             del found[task]
     return found
+
+
+def _readable(registry: Registry, model: str) -> tuple[dict[str, Moments], dict[str, RegistryError]]:
+    """The moments of all tasks that were measured, without their blocks, and what is wrong with those of others."""
+    found: dict[str, Moments] = {}
+    damaged: dict[str, RegistryError] = {}
+    for task in registry.measured(model):
+        try:
+            moments = registry.moments(model, task, channels=False)
+        except RegistryError as error:
+            damaged[task] = error
+            continue
+        if moments is not None:  # or somebody forgot them just now
+            found[task] = moments
+    return found, damaged
 
 
 def _measure_again(project: Project, tasks: Collection[str], say: Say, quiet: Callable[[], None]) -> None:

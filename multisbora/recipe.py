@@ -81,7 +81,7 @@ class Training(Strict):
     lr_scheduler: str = "linear"
     warmup_steps: int = Field(default=100, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    isolate: float | None = Field(default=None, ge=0)
+    isolate: float | None = Field(default=None, ge=0, le=1e9)
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=True)
     optimizer: str = "adamw_torch_fused"
     dropout: float = Field(default=0.0, ge=0, lt=1)

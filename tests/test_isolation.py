@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -436,6 +437,23 @@ def test_moments_of_other_weights_are_refused(project: Any, run: Run, monkeypatc
     )
     drawn = run("allocate", "--tasks", "adding")  # at random it does not matter
     assert drawn.code == 0 and "drawn at random, since the moments of these tasks are not all of this base" in drawn.err
+
+
+def test_damaged_moments_leave_indices_to_chance(project: Any, run: Run) -> None:
+    """Unless isolated ones are asked for; and those of tasks that nobody meets stop no allocation."""
+    assert run("measure", "--tasks", "adding,doubling").code == 0
+    with sqlite3.connect("registry/registry.db") as store:
+        store.execute("UPDATE moments SET energy = substr(energy, 5)")
+    both = ("allocate", "--tasks", "adding,doubling")
+    assert_refused(run(*both, "--strategy", "isolated"), 1, "the moments of task 'adding' do not fit its matrix")
+    drawn = run(*both)
+    assert (
+        drawn.code == 0 and "drawn at random, since the registry is damaged (the moments of task 'adding'" in drawn.err
+    )
+    assert run("release", "--task", "adding").code == run("release", "--task", "doubling").code == 0
+    assert run("measure", "--tasks", "adding").code == 0
+    alone = run("allocate", "--tasks", "adding", "--strategy", "isolated")
+    assert alone.code == 0 and "no room is left for task doubling" in alone.err
 
 
 def test_others_that_were_measured_on_other_weights_are_passed_over(

@@ -412,7 +412,7 @@ def test_channels_that_were_claimed_since(project: Path, run: Run) -> None:
     assert run("measure", "--tasks", "doubling").code == run(*quiet).code == 0
 
 
-@pytest.mark.parametrize("strength", ["-1", "nan", "inf"])
+@pytest.mark.parametrize("strength", ["-1", "nan", "inf", "1e300"])
 def test_strengths_that_cannot_be(project: Path, run: Run, strength: str) -> None:
     run("allocate", "--tasks", "adding,doubling")
     assert_refused(run("train", "--task", "adding", "--isolate", strength), 2, "training.isolate")
