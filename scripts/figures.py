@@ -132,6 +132,9 @@ def fill(page: str, results: Sequence[Result]) -> str:
     return page
 
 
+LOWEST = -1.0  # that a bar is drawn to
+
+
 def plot(results: Sequence[Result], path: Path) -> None:
     """One panel of bars a result that has any, with quartiles as whiskers, into an SVG file.
 
@@ -163,14 +166,17 @@ def plot(results: Sequence[Result], path: Path) -> None:
                 f" {value:.2f}",
                 (0, row),
                 va="center",
-                color="white" if names[row].startswith(("fa", "fb")) else "black",
+                color="white" if value > 0 and names[row].startswith(("fa", "fb")) else "black",
             )
         axis.axvline(1.0, color="black", lw=0.8, ls=":")
         axis.invert_yaxis()
-        axis.set_title(result.title, fontsize=9, loc="left")
+        if min(middle) < LOWEST:  # or nothing could be told of the others
+            axis.set_xlim(LOWEST, 1.05 * max(1.0, *(bar[2] for bar in result.bars.values())))
+            axis.set_xlabel(f"bars are cut at {LOWEST:g}")
+        axis.set_title(result.title, fontsize=9, loc="right")
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
     pyplot.close(figure)
 
 

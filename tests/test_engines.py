@@ -153,8 +153,11 @@ class Killer(threading.Thread):
         self.killed = 0
 
     def run(self) -> None:
-        self.killed = process_of(self.run_folder, 10)  # which may be half written; the one of step 5 is whole
-        os.kill(self.killed, signal.SIGKILL)
+        with contextlib.suppress(AssertionError):  # whoever started it sees that nothing was killed
+            wait_for(lambda: worker(self.run_folder))  # the rest has to be quick: what is left of the run is not long
+            pid = process_of(self.run_folder, 10)  # which may be half written; the one of step 5 is whole
+            os.kill(pid, signal.SIGKILL)
+            self.killed = pid
 
 
 def break_a_task(folder: Path) -> None:
