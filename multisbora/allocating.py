@@ -134,13 +134,10 @@ def _find_moments(
             return {}
         found, damaged = _readable(registry, model) if registry else ({}, {})
     needed = new.union(*(tasks for tasks in members.values() if not tasks.isdisjoint(new)))
-    for task, error in damaged.items():
-        if task not in needed:
-            say(f"no room is left for task {task}: {error}")
-        elif project.strategy == "auto":
-            return str(error)
-        else:
-            raise error
+    if broken := sorted(needed & damaged.keys()):
+        if project.strategy == "auto":
+            return str(damaged[broken[0]])
+        raise damaged[broken[0]]
     missing = sorted(needed - found.keys())
     if missing and project.strategy == "auto":
         if len(needed) == 1:
@@ -174,6 +171,8 @@ def _find_moments(
         elif found[task].base_fingerprint != base_fingerprint:
             say(f"task {task} was measured on another base model: no room is left for it")
             del found[task]
+    for task, error in damaged.items():
+        say(f"no room is left for task {task}: {error}")
     return found
 
 

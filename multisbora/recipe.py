@@ -63,9 +63,9 @@ class Training(Strict):
             "int8". The base on disk stays what it is.
         max_grad_norm: a step's gradients are scaled down to this norm; .inf leaves them as they are.
         isolate: strength of the penalty on what the update does on other tasks' rows: nats of an own row that a
-            squared nat of theirs counts as (see `penalty`); 0 trains without. Left out: `penalty.STRENGTH` where the
-            other tasks were measured, and else 0. Half a squared nat is about what an answer loses by one matrix alone;
-            what all of them do at once can be as many times that as there are matrices.
+            squared nat of theirs counts as (see `penalty`), 1e9 at most; 0 trains without. Left out: `penalty.STRENGTH`
+            where the other tasks were measured, and else 0. Half a squared nat is about what an answer loses by one
+            matrix alone; what all of them do at once can be as many times that as there are matrices.
         eval_steps: steps from one look at the dev rows to the next, where the recipe has some. The last step has one
             too, and the adapter of the lowest dev loss is what is kept.
         early_stopping_patience: the run stops after so many looks at the dev rows without a lower loss; None never.
