@@ -163,7 +163,12 @@ def test_budgets_and_pages(script: Any, tmp_path: Path) -> None:
         figures.fill("none", [replace(result, name="y")])
     pytest.importorskip("matplotlib")
     assert figures.main([str(found), "--plot", str(plotted)]) == 0
-    assert "title" in plotted.read_text(encoding="utf-8")
+    drawn = plotted.read_text(encoding="utf-8")
+    assert "title" in drawn and "cut" not in drawn
+    low = replace(result, bars={"fa": (1.1, 1.0, 1.2), "LoRA": (-39.0, -40.0, -38.0)})
+    figures.plot([low], plotted)
+    drawn = plotted.read_text(encoding="utf-8")
+    assert "bars are cut at -1" in drawn and "-39.00" in drawn
 
 
 def test_results_of_a_gpu_make_a_section(script: Any) -> None:
