@@ -142,8 +142,7 @@ def compose(before: np.ndarray, values: np.ndarray, scaling: float, weight: floa
         after = (before.astype(np.float32) + delta(values, scaling, weight)).astype(before.dtype)
     if not finite(after):
         raise MergeError(
-            f"{what} would hold a value that {before.dtype} cannot: lower its weight of {weight:g}, or check the base "
-            "model for NaN"
+            f"{what} would hold a value that {before.dtype} cannot: lower its lambda, or check the base model for NaN"
         )
     return np.asarray(after)
 

@@ -80,6 +80,25 @@ class Site:
             raise KeyError(int(np.count_nonzero(~found)))
         return self.block[np.ix_(places, places)]
 
+    def fault(self) -> str:
+        """What cannot be of a matrix; "" where all can."""
+        for what, axes in _AXES.items():
+            values = getattr(self, what)
+            if values.ndim != axes:
+                return f"{what} has {values.ndim} axes, not {axes}"
+            if not np.isfinite(values).all():
+                return f"{what} is not finite"
+        if min(self.energy.min(initial=0), self.response.min(initial=0), np.diagonal(self.block).min(initial=0)) < 0:
+            return "a mean square is negative"
+        size = len(self.channels)
+        rising = bool((np.diff(self.channels) > 0).all())
+        inside = size == 0 or (self.channels[0] >= 0 and self.channels[-1] < len(self.energy))
+        if self.block.shape != (size, size) or not rising or not inside:
+            return "its channels do not fit its block"
+        if np.abs(self.block - self.block.T).max(initial=0) > _ROUNDING * np.abs(self.block).max(initial=0):
+            return "its block is not symmetric"
+        return ""
+
 
 @dataclass(frozen=True, slots=True)
 class Moments:
@@ -113,7 +132,7 @@ class Moments:
         if (self.source == "adapter") != (self.adapter is not None):
             raise self._damaged(f"source {self.source}, adapter {shown(self.adapter)}")
         for module, site in self.sites.items():
-            if fault := _fault(site):
+            if fault := site.fault():
                 raise self._damaged(f"{module}: {fault}")
 
     def _damaged(self, what: str) -> DataError:
@@ -240,26 +259,6 @@ def read_beside(adapter: Path) -> Moments | None:
     if found.adapter is None:
         raise DataError(f"{path} holds moments of the base model alone: run multisbora measure --trained anew")
     return found
-
-
-def _fault(site: Site) -> str:
-    """What cannot be of a site; "" where all can."""
-    for what, axes in _AXES.items():
-        values = getattr(site, what)
-        if values.ndim != axes:
-            return f"{what} has {values.ndim} axes, not {axes}"
-        if not np.isfinite(values).all():
-            return f"{what} is not finite"
-    if min(site.energy.min(initial=0), site.response.min(initial=0), np.diagonal(site.block).min(initial=0)) < 0:
-        return "a mean square is negative"
-    size = len(site.channels)
-    rising = bool((np.diff(site.channels) > 0).all())
-    inside = size == 0 or (site.channels[0] >= 0 and site.channels[-1] < len(site.energy))
-    if site.block.shape != (size, size) or not rising or not inside:
-        return "its channels do not fit its block"
-    if np.abs(site.block - site.block.T).max(initial=0) > _ROUNDING * np.abs(site.block).max(initial=0):
-        return "its block is not symmetric"
-    return ""
 
 
 def _parse(content: bytes | mmap.mmap) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:

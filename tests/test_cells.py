@@ -194,7 +194,7 @@ def test_a_weight_of_zero_keeps_every_bit() -> None:
 def test_what_the_dtype_cannot_hold_is_refused(value: float) -> None:
     before = np.array([[1.0, value]], np.float32)
     with pytest.raises(
-        MergeError, match=r"^math: q_proj would hold a value that float16 cannot: lower its weight of 2"
+        MergeError, match=r"^math: q_proj would hold a value that float16 cannot: lower its lambda, or check"
     ):
         with np.errstate(over="ignore"):
             stored = before.astype(np.float16) if abs(value) != 7e4 else np.array([[1.0, 6e4]], np.float16)

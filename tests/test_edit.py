@@ -349,7 +349,7 @@ def test_an_adapter_that_is_not_the_merged_one(merged: Path, tasks: dict[str, Pa
 def test_a_task_that_changes_nothing_or_overflows(merged: Path, base: Path, tmp_path: Path) -> None:
     tiny = write_mix(tmp_path / "a", base, {**VARIANTS, "new": "fa"})["new"]
     untouched(merged, lambda: add(merged, tiny, 1e-9), MergeError, "new changes no cell")
-    untouched(merged, lambda: add(merged, tiny, 1e39), MergeError, "lower its weight")
+    untouched(merged, lambda: add(merged, tiny, 1e39), MergeError, "lower its lambda")
     assert add(merged, tiny, 0).cells == 0
 
 

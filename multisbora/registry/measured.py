@@ -5,19 +5,21 @@ Nothing here is history, and no claim rests on it: it can be measured again. So 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 
-from ..errors import DataError, RegistryError
+from ..errors import DataError, RegistryError, UsageError
 from ..moments import FLOATS, INTS, WIDEST, Moments, Site, pack_triangle, unpack_triangle
 from .reader import Reader, damaged
 from .schema import matrices, measurements, models, moments
 
 _EMPTY = sa.literal(b"")
 _BYTES = sa.types.NullType()  # SQLAlchemy's own type makes bytes of a number, and so would hide it
+_HEADS = sa.select(measurements, models.c.geometry_digest).join(models, models.c.id == measurements.c.model_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +123,7 @@ def load(connection: sa.Connection, model: str, task: str, channels: bool) -> Mo
     Raises:
         RegistryError: they are damaged.
     """
-    head = connection.execute(
-        sa.select(measurements, models.c.geometry_digest)
-        .join(models, models.c.id == measurements.c.model_id)
-        .where(models.c.name == model, measurements.c.task == task)
-    ).first()
+    head = connection.execute(_HEADS.where(models.c.name == model, measurements.c.task == task)).first()
     if head is None:
         return None
     of_block = [moments.c.channels, moments.c.block] if channels else [_EMPTY, _EMPTY]
@@ -142,18 +140,7 @@ def load(connection: sa.Connection, model: str, task: str, channels: bool) -> Mo
         if site is None:
             raise damaged(f"the moments of task {task!r} do not fit its matrix {module}")
         sites[module] = site
-    try:
-        return Moments(
-            task=head.task,
-            base_fingerprint=head.base_fingerprint,
-            geometry_digest=head.geometry_digest,
-            rows=head.row_count,
-            tokens=head.token_count,
-            sites=sites,
-            source=head.source,
-        )
-    except DataError as error:
-        raise RegistryError(str(error)) from None
+    return _of(head, sites)
 
 
 def measured(connection: sa.Connection, model: str) -> dict[str, Measured]:
@@ -220,18 +207,19 @@ def block_channels(reader: Reader, model: str, task: str) -> dict[str, list[int]
 
 
 def faults(connection: sa.Connection) -> Iterator[str]:
-    """Rows that cannot be moments of their matrix, by their sizes, one line each. Their bytes are not read."""
-    sizes = [sa.func.length(column) for column in (moments.c.energy, moments.c.response, moments.c.channels)]
+    """What of them cannot be, by sizes and by values, one line each."""
+    sized = (moments.c.energy, moments.c.response, moments.c.channels, moments.c.block)
     rows = connection.execute(
         sa.select(
+            moments.c.measurement_id,
+            moments.c.matrix_id,
             measurements.c.task,
             models.c.name,
             matrices.c.module,
             matrices.c.out_features,
             matrices.c.in_features,
             matrices.c.model_id == measurements.c.model_id,
-            *sizes,
-            sa.func.length(moments.c.block),
+            *(sa.func.length(column) for column in sized),
         )
         .select_from(
             moments.outerjoin(measurements, measurements.c.id == moments.c.measurement_id)
@@ -240,14 +228,51 @@ def faults(connection: sa.Connection) -> Iterator[str]:
         )
         .order_by(moments.c.measurement_id, moments.c.matrix_id)
     )
-    for task, model, module, out_features, in_features, same, *found in rows:
-        count = (found[2] or 0) // INTS.itemsize
-        wanted = [in_features, out_features, count, count * (count + 1) // 2]
-        if None in wanted or not same or found != [FLOATS.itemsize * size for size in wanted]:
-            yield (
-                f"the moments of task {task!r} of {model} do not fit its matrix {module}: measure it again with "
-                f"multisbora measure --tasks {task}"
-            )
+    for head in connection.execute(_HEADS.order_by(measurements.c.id)):
+        try:
+            _of(head, {})
+        except RegistryError as error:
+            yield str(error)
+    for measurement, matrix, task, model, module, out_features, in_features, same, *found in rows.all():
+        what = "do not fit its matrix"
+        if same and found == _lengths(in_features, out_features, found[2] or 0):
+            stored = sa.select(*(sa.type_coerce(column, _BYTES) for column in sized))
+            mine = (moments.c.measurement_id == measurement, moments.c.matrix_id == matrix)
+            site = _site(list(connection.execute(stored.where(*mine)).one()), out_features, in_features)
+            fault = "they are no bytes" if site is None else site.fault()
+            if not fault:
+                continue
+            what = f"are damaged ({fault}) at its matrix"
+        yield (
+            f"the moments of task {task!r} of {model} {what} {module}: measure it again with "
+            f"multisbora measure --tasks {task}"
+        )
+
+
+def _lengths(in_features: int, out_features: int, channels: int) -> list[int]:
+    """How many bytes there are of each column, where there are so many of channels."""
+    count = channels // INTS.itemsize
+    return [FLOATS.itemsize * size for size in (in_features, out_features, count, count * (count + 1) // 2)]
+
+
+def _of(head: sa.Row[Any], sites: Mapping[str, Site]) -> Moments:
+    """The moments that a row of `_HEADS` tells of.
+
+    Raises:
+        RegistryError: it is damaged, or one of the sites is.
+    """
+    try:
+        return Moments(
+            task=head.task,
+            base_fingerprint=head.base_fingerprint,
+            geometry_digest=head.geometry_digest,
+            rows=head.row_count,
+            tokens=head.token_count,
+            sites=sites,
+            source=head.source,
+        )
+    except (DataError, UsageError) as error:
+        raise RegistryError(str(error)) from None
 
 
 def _site(parts: list[object], out_features: int, in_features: int) -> Site | None:
@@ -260,10 +285,11 @@ def _site(parts: list[object], out_features: int, in_features: int) -> Site | No
         and isinstance(block, bytes)
     ):
         return None
-    size = len(channels) // INTS.itemsize
-    wanted = (in_features, out_features, size, size * (size + 1) // 2)
-    if [len(part) for part in (energy, response, channels, block)] != [FLOATS.itemsize * count for count in wanted]:
+    if [len(part) for part in (energy, response, channels, block)] != _lengths(
+        in_features, out_features, len(channels)
+    ):
         return None
+    size = len(channels) // INTS.itemsize
     return Site(
         energy=np.frombuffer(energy, FLOATS),
         response=np.frombuffer(response, FLOATS),
