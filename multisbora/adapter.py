@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 from .cells import PATCHABLE
 from .delta import scaling
@@ -155,6 +158,26 @@ class Adapter:
                 )
             matrices[name] = matrix
         return matrices
+
+
+def rewrite(folder: Path, values: Mapping[str, np.ndarray], output: Path, leave: str) -> None:
+    """Write an adapter of the same task and claims with other values, which have scaling and lambda in them.
+
+    Args:
+        folder: of the adapter, whose other files go along.
+        values: module -> fp32 values of the shape that it has, for every module of the adapter.
+        output: folder to make.
+        leave: name of a file that does not go along.
+    """
+    shutil.copytree(folder, output, ignore=shutil.ignore_patterns(leave, WEIGHTS_FILE))
+    header = read_header(folder / WEIGHTS_FILE)
+    tensors = safetensors.numpy.load_file(folder / WEIGHTS_FILE)
+    tensors |= {_PREFIX + module + _VALUES: np.ascontiguousarray(own) for module, own in values.items()}
+    safetensors.numpy.save_file(tensors, output / WEIGHTS_FILE, header.metadata)
+    config = read_json(folder / CONFIG_FILE)
+    # Where the rank differs from r, rank_pattern says so: alpha is the rank everywhere, and the scaling 1.
+    config |= {"alpha": config["r"], "alpha_pattern": config.get("rank_pattern") or {}, "use_rslora": False}
+    (output / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 class _Config:

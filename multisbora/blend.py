@@ -15,6 +15,7 @@ from .attention import use_packed_attention
 from .dataset import Example
 from .errors import TrainingError
 from .probe import Batch, batches
+from .region import own_axis
 from .trainer import answer_loss
 from .tuner.layer import Mix, SboraLayer
 from .tuner.slopes import lambda_slopes
@@ -24,25 +25,33 @@ Spreads = Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]  # module -> task
 
 
 class Blend:
-    """The adapters of some tasks on one base, of which a lambda for each task and matrix says how much is in it.
+    """The adapters of some tasks on one base, of which a lambda for each task and matrix, or for each task and channel
+    that it owns there, says how much is in it.
 
     The model is this object's to change: what was active in it does not come back.
     """
 
     def __init__(
-        self, model: Any, modules: Sequence[str], spreads: Spreads | None = None, tasks: Sequence[str] = ()
+        self,
+        model: Any,
+        modules: Sequence[str],
+        spreads: Spreads | None = None,
+        tasks: Sequence[str] = (),
+        width: int = 1,
     ) -> None:
         """
         Args:
             model: of `load_model`, with an adapter a task; the tasks go by the order in which they were loaded.
-            modules: names of the matrices, in the order of the columns of `lambdas`.
-            spreads: of a corrected merge, by the names of tasks. All tasks together are composed by these, which stay
-                on the model's device, as many times the size of all adapters as there are tasks; one alone is as it was
-                trained.
+            modules: names of the matrices, in the order of the places of `lambdas`.
+            spreads: what each lambda does to the values, by the names of tasks: of a corrected merge, to those of all,
+                and by channel to the task's own. All tasks together are composed by these, which stay on the model's
+                device, of a corrected merge as many times the size of all adapters as there are tasks; one alone is as
+                it was trained.
             tasks: their names, in the order in which they were loaded, where there are spreads.
+            width: lambdas of a task in a matrix; above 1 they are of its channels, see `lambdas.Space`.
         """
         self.model = model.get_base_model()
-        self.adapters = list(model.peft_config)
+        self.adapters, self.width = list(model.peft_config), width
         layers = dict(model.base_model.named_layers())
         self.layers = {module: layers[module] for module in modules}
         self._inside: tuple[Array, list[str], bool] | None = None
@@ -73,23 +82,34 @@ class Blend:
         """Have these lambdas in the next forward.
 
         Args:
-            lambdas: (tasks, matrices).
+            lambdas: (tasks, places).
             active: numbers of tasks; None takes all.
         """
         together = active is None
         names = self.adapters if active is None else [self.adapters[task] for task in active]
         if self._inside and self._inside[1:] == (names, together) and np.array_equal(self._inside[0], lambdas):
             return
-        for (module, layer), column in zip(self.layers.items(), lambdas.T.tolist(), strict=True):
-            weights = dict(zip(self.adapters, column, strict=True))
+        for (module, layer), column in zip(self.layers.items(), self._by_matrix(lambdas), strict=True):
             if self._spreads:
-                weights = self._put(module, layer, weights, together)
+                weights = self._put(module, layer, column, together)
+            else:
+                weights = dict(zip(self.adapters, column[:, 0].tolist(), strict=True))
             layer.mix = Mix(list(names), weights)
         self._inside = lambdas.copy(), names, together
 
+    def _by_matrix(self, lambdas: Array) -> Array:
+        """(tasks, places) as (matrices, tasks, width)."""
+        found: Array = lambdas.reshape(len(lambdas), len(self.layers), self.width).transpose(1, 0, 2)
+        return found
+
     @torch.no_grad()
-    def _put(self, module: str, layer: SboraLayer, weights: dict[str, float], together: bool) -> dict[str, float]:
-        """Put the values of a corrected merge into a layer, or the trained ones; the lambdas that go with them."""
+    def _put(self, module: str, layer: SboraLayer, lambdas: Array, together: bool) -> dict[str, float]:
+        """Put what the spreads say into a layer, or the trained values; the lambdas that go with them.
+
+        Args:
+            lambdas: (tasks, width).
+        """
+        weights = dict(zip(self.adapters, lambdas, strict=True))
         for adapter, (trained, scaling) in self._trained[module].items():
             values = layer.sbora_values[adapter]
             layer.scaling[adapter] = 1.0 if together else scaling
@@ -98,9 +118,27 @@ class Blend:
                 continue
             values.zero_()
             for task, reach in self._spreads[module].items():
-                if adapter in reach:
-                    values.add_(reach[adapter], alpha=weights[task])
-        return dict.fromkeys(weights, 1.0) if together else weights
+                if adapter not in reach:
+                    continue
+                if self.width == 1:
+                    values.add_(reach[adapter], alpha=float(weights[task][0]))
+                else:
+                    values.add_(scaled(reach[adapter], weights[task], own_axis(layer.variant[adapter])))
+        return {name: 1.0 if together else float(own[0]) for name, own in weights.items()}
+
+    @torch.no_grad()
+    def values(self, lambdas: Array) -> list[dict[str, np.ndarray]]:
+        """What all tasks together have for values at these lambdas, where there are spreads: of each task, in the order
+        of `lambdas`, by matrix; fp32, at a scaling of 1."""
+        self.compose(lambdas)
+        return [
+            {
+                module: layer.sbora_values[adapter].detach().cpu().numpy().copy()
+                for module, layer in self.layers.items()
+                if adapter in layer.sbora_values
+            }
+            for adapter in self.adapters
+        ]
 
     @torch.no_grad()
     def nats(self, rows: Sequence[Batch]) -> Array:
@@ -108,34 +146,47 @@ class Blend:
         return np.array([float(self._loss(batch)) for batch in rows])
 
     def slopes(self, batch: Batch) -> tuple[float, Array]:
-        """The loss of a batch, and its derivative by each lambda, (tasks, matrices); 0 where a task has no such matrix.
+        """The loss of a batch, and its derivative by each lambda, (tasks, places); 0 where a task has no such place.
 
         Raises:
             TrainingError: the model cannot be differentiated, or not in finite numbers.
         """
         try:
-            with torch.enable_grad(), lambda_slopes(self.layers, self._spreads) as found:
+            with torch.enable_grad(), lambda_slopes(self.layers, self._spreads, self.width > 1) as found:
                 loss = self._loss(batch)
                 loss.backward()
         except (RuntimeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:200]
             raise TrainingError(f"this model gives no gradient ({reason}): tune by --method search") from None
-        places = [
-            (self.adapters.index(adapter), column)
-            for column, module in enumerate(self.layers)
-            for adapter in found.get(module, {})
+        parts = [
+            (self.adapters.index(adapter), place, slope.reshape(-1))
+            for place, module in enumerate(self.layers)
+            for adapter, slope in found.get(module, {}).items()
         ]
-        slopes = np.zeros((len(self.adapters), len(self.layers)))
-        if places:
-            values = torch.stack([slope for module in self.layers for slope in found.get(module, {}).values()])
-            slopes[tuple(np.array(places).T)] = values.double().cpu().numpy()
-        if not places or not np.isfinite(slopes).all() or not torch.isfinite(loss):
-            what = "is not finite" if places else "does not reach its layers"
+        slopes = np.zeros((len(self.adapters), len(self.layers), self.width))
+        if parts:
+            lengths = [len(slope) for _, _, slope in parts]
+            values = torch.cat([slope for _, _, slope in parts]).double().cpu().numpy()  # at once, from a GPU too
+            for (task, place, _), own in zip(parts, np.split(values, np.cumsum(lengths)[:-1]), strict=True):
+                slopes[task, place, : len(own)] = own
+        if not parts or not np.isfinite(slopes).all() or not torch.isfinite(loss):
+            what = "is not finite" if parts else "does not reach its layers"
             raise TrainingError(f"the gradient of this model {what}: tune by --method search")
-        return float(loss.detach()), slopes
+        return float(loss.detach()), slopes.reshape(len(self.adapters), -1)
 
     def _loss(self, batch: Batch) -> Tensor:
         return answer_loss(self.model(**batch.inputs), batch.labels, num_items_in_batch=1)
+
+
+def scaled(values: Tensor, lambdas: Array, axis: int) -> Tensor:
+    """A task's values in fp32, with a lambda for each of its channels in them.
+
+    Args:
+        lambdas: at least as many as there are channels.
+        axis: of the values, along which its channels lie.
+    """
+    own = torch.from_numpy(lambdas[: values.shape[axis]].astype(np.float32)).to(values.device)
+    return values * own.unsqueeze(1 - axis)
 
 
 @dataclass(slots=True)

@@ -49,11 +49,15 @@ def crosstalk(
 def tune(
     tasks: Tasks = None,
     by: Annotated[
-        str, typer.Option("--by", help="What has a lambda of its own: task, kind, layer or matrix of each task.")
+        str, typer.Option("--by", help="What has a lambda of its own: task, kind, layer, matrix or channel of each.")
     ] = "matrix",
     output: Annotated[
         Path | None,
-        typer.Option("--output", metavar="FILE", help="YAML or JSON file to make, for `merge --weights-from`."),
+        typer.Option(
+            "--output",
+            metavar="PATH",
+            help="YAML or JSON file to make, for `merge --weights-from`; by channel a folder, for `merge --adapters`.",
+        ),
     ] = None,
     rows: Annotated[int, typer.Option("--rows", min=2, help="Rows of each task: half to learn, half to judge.")] = 128,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the gradient, or trials of the search.")] = 32,
@@ -122,6 +126,8 @@ def _tuned_lines(found: Tuned, output: Path | None) -> list[str]:
         weight = found.weights[name]
         is_mean = weight.patterns and found.chosen.step  # of the start, the default is what somebody said
         told = f"{weight.default:g} in the mean" if is_mean else _lambda(weight)
+        if found.values is not None:
+            told = "by channel"
         rows.append((name, task.rows, *losses, _kept(task.retention_before), _kept(task.retention_after), told))
     points: list[tuple[object, ...]] = [("step", *found.tasks, "")]
     for point in found.front:
@@ -131,6 +137,10 @@ def _tuned_lines(found: Tuned, output: Path | None) -> list[str]:
     end = f"--output FILE writes them for `{command} --weights-from`"
     if output is not None:
         end = f"wrote {output}: `{command} --weights-from {output}`"
+    if found.values is not None:
+        end = "--output DIR writes adapters that have them for `multisbora merge --adapters`"
+        if output is not None:
+            end = f"wrote adapters that have them: `multisbora merge --adapters {output}`"
     return [
         "loss of the answers, nats a token; kept: share of the own adapter's gain",
         *table(rows),

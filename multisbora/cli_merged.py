@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from .receipt import Receipt
 
 Deployed = Annotated[Path, typer.Argument(metavar="DIR", help="A merged checkpoint.")]
+Adapters = Annotated[
+    str | None, typer.Option("--adapters", metavar="DIR", help="Folder of the tasks' adapters, if not the project's.")
+]
 OneAdapter = Annotated[
     Path | None, typer.Option("--adapter", help="Folder of the task's adapter, if not the project's.")
 ]
@@ -70,6 +73,7 @@ def merge(
         float | None,
         typer.Option("--ridge", help="Pull of a corrected merge towards the plain one, 0.01 if not given."),
     ] = None,
+    adapters: Adapters = None,
     composition: Composition = None,
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Merge adapters that were trained on another base.")
@@ -82,7 +86,7 @@ def merge(
     from .project import Project
 
     merged = merge_tasks(
-        Project.load(composition=composition),
+        Project.load(composition=composition, adapters=adapters),
         split(tasks),
         weight or [],
         weights_from,
@@ -107,6 +111,7 @@ def verify(
     adapter: Annotated[
         list[Path] | None, typer.Option("--adapter", help="Adapter folder, if not the project's; once a task.")
     ] = None,
+    adapters: Adapters = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="By the checkpoint's own digests, without base and adapters.")
     ] = False,
@@ -115,7 +120,7 @@ def verify(
     """Prove a merged checkpoint against its base and adapters. Exit code 3 and the first wrong cell if it is wrong."""
     from .deployed import verify_merged
 
-    proof = verify_merged(path, base, adapter, quick, say=say)
+    proof = verify_merged(path, base, adapter, adapters, quick, say=say)
     outside = "some" if proof.cells_outside_regions is None else proof.cells_outside_regions
     lines = [
         f"{proof.tensors} tensors, {proof.cells_changed:,} cells changed, {outside} of them outside the tasks' regions"

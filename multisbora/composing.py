@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapter import rewrite
 from .deployed import moments_of
 from .errors import AdapterError, UsageError
 from .journal import reading
 from .lifecycle import required
+from .moments import MOMENTS_FILE
 from .project import Project
-from .publish import check_output_file, publish_file
+from .publish import check_output, check_output_file, publish, publish_file
 from .recipe import load
-from .weights import GivenWeights, check_suffix, write_weights
+from .weights import SUFFIXES, GivenWeights, check_suffix, write_weights
 
 if TYPE_CHECKING:
     from .crosstalk import Crosstalk
@@ -86,11 +88,14 @@ def tune_tasks(
 
     Args:
         weight, weights_from: lambdas to start from.
-        output: file of weights to make.
+        output: file of weights to make; by channel, folder of adapters.
         corrected: for a merge by method corrected, with the moments that it would take.
         settings: of `tune`.
     """
-    if output is not None:
+    by_channel = settings.get("by") == "channel"
+    if output is not None and by_channel:
+        _check_folder(output)
+    elif output is not None:
         check_suffix(output)
         check_output_file(output)
     given = GivenWeights.read(weight, weights_from)
@@ -116,13 +121,33 @@ def tune_tasks(
             say=say,
             **settings,
         )
-    if output is not None and not dry_run:
+    if output is None or dry_run:
+        return found
+    if found.values is not None:
+        with publish(output) as folder:
+            for task, values in found.values.items():  # moments are of what was trained, and stay behind
+                rewrite(project.adapter(task), values, folder / task, leave=MOMENTS_FILE)
+    else:
         note = f"made by multisbora tune --by {found.by} --method {found.method}"
         if found.ridge is not None:
             note += f" --corrected --ridge {found.ridge!r}, for multisbora merge --method corrected"
         with publish_file(output) as path:
             write_weights(path, found.weights, note)
     return found
+
+
+def _check_folder(output: Path) -> None:
+    """Refuse a name for adapters that is one for a file, or taken.
+
+    Raises:
+        UsageError, CheckpointError: it is.
+    """
+    if output.suffix in SUFFIXES:
+        raise UsageError(
+            f"{output} is a file's name, and lambdas by channel are written as adapters: give --output a folder, or "
+            "tune by matrix"
+        )
+    check_output(output)
 
 
 def _trained(project: Project, tasks: Sequence[str] | None) -> list[str]:

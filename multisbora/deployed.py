@@ -176,10 +176,13 @@ def _whole_modules(project: Project, tasks: Sequence[str]) -> dict[str, str]:
     return {task: load(task, folder).whole_modules for task in tasks if (folder / f"{task}.yaml").is_file()}
 
 
-def verify_merged(path: Path, base: str | None, adapters: Sequence[Path] | None, quick: bool, say: Say) -> Proof:
+def verify_merged(
+    path: Path, base: str | None, adapters: Sequence[Path] | None, within: str | None, quick: bool, say: Say
+) -> Proof:
     """Prove a merged checkpoint; base and adapters are the project's where they are not given.
 
     Args:
+        adapters: folder of each; within: folder that those of all tasks lie in, by their names.
         quick: by its own digests alone, wherever it lies.
     """
     from .hub import find_base
@@ -188,6 +191,10 @@ def verify_merged(path: Path, base: str | None, adapters: Sequence[Path] | None,
     if quick:
         with reading(path, say=say):
             return verify(path, base, adapters, quick=True)
+    if adapters is not None and within is not None:
+        raise UsageError("--adapter names adapters one by one, and --adapters the folder of all: give one of them")
+    if within is not None:
+        adapters = [Path(within) / task for task in _merged_tasks(path)]
     if adapters is None:
         project = Project.load()
         adapters = [project.adapter(task) for task in _merged_tasks(path)]

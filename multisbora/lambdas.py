@@ -10,7 +10,7 @@ for T tasks: the mean, the worst task, and a fence that nobody is pushed over fo
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,9 +42,10 @@ class Space:
     Attributes:
         tasks: their names.
         modules: names of the matrices.
-        start: (tasks, matrices) lambdas to begin with.
-        present: (tasks, matrices) whether a task has the matrix.
-        groups: (matrices,) number of the group that each is in.
+        start: (tasks, places) lambdas to begin with. A place is a matrix, or by channel one of the `width` channels
+            (fa columns, fb rows) that a task may own there: those of a matrix follow each other.
+        present: (tasks, places) whether a task has the place.
+        groups: (places,) number of the group that each is in.
         lowest: of the lambdas that are looked at, those of the start aside.
     """
 
@@ -55,25 +56,30 @@ class Space:
     groups: npt.NDArray[np.int64]
     by: By
     lowest: float = 0.0
+    width: int = 1
 
     @classmethod
     def of(
-        cls, modules: Mapping[str, Sequence[str]], weights: Mapping[str, TaskWeight], by: By, lowest: float = 0.0
+        cls, modules: Mapping[str, Mapping[str, int]], weights: Mapping[str, TaskWeight], by: By, lowest: float = 0.0
     ) -> Space:
         """
         Args:
-            modules: task -> names of its matrices.
+            modules: task -> name of each of its matrices -> its rank there.
             weights: task -> lambdas to begin with.
 
         Raises:
             UsageError: there are more lambdas than a file of weights can hold.
         """
         names = tuple(dict.fromkeys(name for own in modules.values() for name in own))
+        ranks = np.array([[own.get(name, 0) for name in names] for own in modules.values()])
+        start = np.array([[weights[task].at(name) for name in names] for task in modules])
+        if by == "channel":
+            width = int(ranks.max())
+            present = (np.arange(width) < ranks[..., None]).reshape(len(ranks), -1)
+            groups = np.arange(len(names) * width)
+            return cls(tuple(modules), names, start.repeat(width, 1), present, groups, by, lowest, width)
         number = {name: place for place, group in enumerate(grouped(names, by).values()) for name in group}
-        groups = [number[name] for name in names]
-        present = [[name in own for name in names] for own in map(set, modules.values())]
-        start = [[weights[task].at(name) for name in names] for task in modules]
-        return cls(tuple(modules), names, np.array(start), np.array(present), np.array(groups), by, lowest)
+        return cls(tuple(modules), names, start, ranks > 0, np.array([number[name] for name in names]), by, lowest)
 
     @property
     def owned(self) -> npt.NDArray[np.bool_]:
@@ -86,20 +92,20 @@ class Space:
         return int(self.owned.sum())
 
     def summed(self, values: Array) -> Array:
-        """(tasks, matrices) added up to (tasks, groups)."""
+        """(tasks, places) added up to (tasks, groups)."""
         found: Array = np.zeros((len(values), int(self.groups.max()) + 1))
         np.add.at(found.T, self.groups, values.T)
         return found
 
     def moved(self, shift: Array) -> Array:
-        """Lambdas, (tasks, matrices), that lie `shift` (tasks, groups) from the start: in bounds, and rounded."""
+        """Lambdas, (tasks, places), that lie `shift` (tasks, groups) from the start: in bounds, and rounded."""
         low, high = np.minimum(self.start, self.lowest), np.maximum(self.start, HIGHEST)
         inside: Array = np.clip(self.start + shift[:, self.groups], low, high)
         found: Array = inside.round(PLACES)
         return found
 
     def weights(self, lambdas: Array) -> dict[str, TaskWeight]:
-        """Lambdas as weights, by task."""
+        """Lambdas as weights, by task; not for those by channel, which weights cannot tell."""
         found = {}
         for task, values, own in zip(self.tasks, lambdas.tolist(), self.present, strict=True):
             of_task = {name: value for name, value, here in zip(self.modules, values, own, strict=True) if here}

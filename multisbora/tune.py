@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,6 +29,7 @@ from .checkpoint import Checkpoint
 from .correct import RIDGE, check_ridge
 from .corrected import Measured, spread_all
 from .dataset import Example, check_fit
+from .delta import delta
 from .errors import DataError, TrainingError, UsageError
 from .geometry import from_checkpoint
 from .lambdas import MOST_SEED, Space, descend, require_optuna, search
@@ -58,19 +59,21 @@ class Point:
 
     Attributes:
         step: after which it was found; 0 is the start.
-        weights: task -> lambda.
+        weights: task -> lambda; None where each channel has its own.
         nll: task -> nats per answer token of the composition, on the rows that judge.
         retention: task -> share of its own gain that it keeps; None for a task that has none.
     """
 
     step: int
-    weights: Mapping[str, TaskWeight]
+    weights: Mapping[str, TaskWeight] | None
     nll: Mapping[str, float]
     retention: Mapping[str, float | None]
 
     def to_json(self) -> dict[str, Any]:
-        weights = {task: weight.to_json() for task, weight in self.weights.items()}
-        return {"step": self.step, "nll": dict(self.nll), "retention": dict(self.retention), "weights": weights}
+        found: dict[str, Any] = {"step": self.step, "nll": dict(self.nll), "retention": dict(self.retention)}
+        if self.weights is not None:
+            found["weights"] = {task: weight.to_json() for task, weight in self.weights.items()}
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +104,13 @@ class Tuned:
     Attributes:
         lambdas: how many there were to choose.
         tasks: empty in a dry run.
-        weights: what to merge with: those of `chosen`, in a dry run the start.
+        weights: what to merge with: those of `chosen`, in a dry run the start. By channel the lambdas are in `values`,
+            and those of `rewritten` adapters are 1.
         chosen: the point that was taken; None in a dry run.
         front: the judged points that no other one equals in all tasks and beats in one, the chosen one among them.
-        ridge: of the corrected merge that they are for; None for a plain one.
+        ridge: of the corrected merge that they are for, or by channel that they were found from; None for a plain one.
+        values: by channel, task -> matrix -> its values with all lambdas and its scaling in them, fp32, in the layout
+            of the adapter's own: what `adapter.rewrite` makes an adapter of.
     """
 
     by: By
@@ -116,6 +122,7 @@ class Tuned:
     chosen: Point | None = None
     front: tuple[Point, ...] = ()
     ridge: float | None = None
+    values: Mapping[str, Mapping[str, np.ndarray]] | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -157,6 +164,10 @@ def tune(
     that of fp16, whose gradient is taken in fp32. For a corrected merge, which solves anew for every lambda, it is that
     solution up to rounding: all its values are linear in the lambdas.
 
+    By channel, each column of an fa task and each row of an fb task has a lambda. No file of weights holds so many:
+    they go into values, `Tuned.values`, of which adapters are made that merge plainly at a lambda of 1. With `moments`
+    these begin as the corrected merge has them, and are scaled as they are: where tasks come or go, tune anew.
+
     A step of "gradient" costs about a training step of all the tasks on `STEP_TOKENS` tokens of each. "search" needs no
     gradients, and optuna; a step of it is a forward over half of the rows.
 
@@ -165,7 +176,8 @@ def tune(
         adapters: folders of trained adapters, one a task, of one composition.
         recipes: of the same tasks; they say where the rows are, see `probe`.
         start: lambdas to begin with, as `merge` takes them; 1 where none is given. 0 and negative ones are fine.
-        by: what shares a lambda in a task: all of it, matrices of a kind, of a layer, or none.
+        by: what shares a lambda in a task: all of it, matrices of a kind, of a layer, or those of a matrix; or what it
+            owns of one channel there.
         rows: of each task, both halves together.
         steps: of the gradient, or trials of the search.
         slack: share of its gain that a task may lose, against the start, for the good of the others; 0 lets none lose.
@@ -191,14 +203,18 @@ def tune(
     weights = resolve(names, start)
     known = _recipes(names, recipes)
     shares = _composition(Path(base), loaded, weights)
-    own = {adapter.task: list(adapter.modules) for adapter in loaded}
-    space = Space.of(own, weights, by, 0.0 if moments is None else LEAST_HEARD)
-    _check_start(space.start, names)
-    correction = _correction(loaded, moments, ridge, space.start[space.present])
+    begin = [[weights[adapter.task].at(name) for name in adapter.modules] for adapter in loaded]
+    _check_start(begin, names)
+    correction = _correction(loaded, moments, ridge, min(map(min, begin)))
     ridge, spreads = None, None
     if correction is not None:
         measured, ridge = correction
         spreads = spread_all(shares, ridge, measured.block)
+    own = {adapter.task: {name: own.region.rank for name, own in adapter.modules.items()} for adapter in loaded}
+    lowest = 0.0 if moments is None or by == "channel" else LEAST_HEARD
+    space = Space.of(own, weights if by != "channel" or spreads is None else resolve(names, None), by, lowest)
+    if by == "channel":
+        spreads = _alone(shares) if spreads is None else _settled(spreads, weights)
     if method == "search":
         require_optuna()
         if space.size > steps:
@@ -218,7 +234,7 @@ def tune(
     if method == "gradient" and model.get_base_model().dtype == torch.float16:
         say("the base is float16, whose gradients vanish without loss scaling: lambdas are tuned in float32")
         widen(model)
-    blend = Blend(model, space.modules, spreads, space.tasks)
+    blend = Blend(model, space.modules, spreads, space.tasks, space.width)
     learn = Half.measured(blend, [half for half, _ in halves], space.start, STEP_TOKENS)
     judge = Half.measured(blend, [half for _, half in halves], space.start, BATCH_TOKENS)
     gains = _gains(names, learn, judge, say)
@@ -240,6 +256,9 @@ def tune(
     chosen = _choice(judge, nlls, gains, slack)
     if not chosen:
         say("no lambdas were found that do better than the start: keep it, or raise steps, rows or slack")
+    values = None
+    if by == "channel":
+        values = dict(zip(names, blend.values(found[chosen][1]), strict=True))
     tasks = {
         name: TunedTask(
             rows=len(halves[task][1]),
@@ -254,7 +273,33 @@ def tune(
         for task, name in enumerate(names)
     }
     front = tuple(point for place, point in enumerate(points) if _is_ahead(nlls[place], nlls))
-    return Tuned(by, method, steps, space.size, points[chosen].weights, tasks, points[chosen], front, ridge)
+    taken = points[chosen].weights or resolve(names, None)
+    return Tuned(by, method, steps, space.size, taken, tasks, points[chosen], front, ridge, values)
+
+
+def _alone(shares: Sequence[Share]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """What a lambda does to the values of its own task in a plain merge, in the form of `corrected.spread_all`."""
+    found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    modules: dict[str, str] = {}
+    for share in shares:
+        module = modules.setdefault(share.matrix.cells_name, share.module)
+        values = np.array(delta(share.trained.values, share.trained.scaling, 1.0))
+        found.setdefault(module, {})[share.task] = {share.task: values}
+    return found
+
+
+def _settled(
+    spreads: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]], weights: Mapping[str, TaskWeight]
+) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """The values of a corrected merge at some lambdas, each of which is from then on its own task's alone."""
+    found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    for module, spread in spreads.items():
+        own = found[module] = {}
+        for task, reach in spread.items():
+            for other, values in reach.items():
+                part = np.float32(weights[task].at(module)) * values
+                own[other] = {other: own[other][other] + part if other in own else part}
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------- judging
@@ -275,7 +320,7 @@ def _points(
         points.append(
             Point(
                 step=step,
-                weights=space.weights(lambdas) if step else dict(weights),
+                weights=None if space.by == "channel" else space.weights(lambdas) if step else dict(weights),
                 nll=dict(zip(space.tasks, nll.tolist(), strict=True)),
                 retention=dict(zip(space.tasks, kept, strict=True)),
             )
@@ -342,15 +387,15 @@ def _check(by: str, method: str, rows: int, steps: int, slack: float, regular: f
         raise UsageError(f"seed must be from 0 to {MOST_SEED}, got {seed}")
 
 
-def _check_start(start: Array, tasks: Sequence[str]) -> None:
+def _check_start(start: Sequence[Sequence[float]], tasks: Sequence[str]) -> None:
     """Refuse lambdas that no value of fp32 can be multiplied by.
 
     Raises:
         UsageError: there are such.
     """
     for task, lambdas in zip(tasks, start, strict=True):
-        if np.abs(lambdas).max(initial=0) > MOST_LAMBDA:
-            raise UsageError(f"task {task}: a lambda of {np.abs(lambdas).max():g} is too large to start from: lower it")
+        if (largest := max(map(abs, lambdas))) > MOST_LAMBDA:
+            raise UsageError(f"task {task}: a lambda of {largest:g} is too large to start from: lower it")
 
 
 def _recipes(names: Sequence[str], recipes: Sequence[Recipe]) -> dict[str, Recipe]:
@@ -380,7 +425,7 @@ def _composition(base: Path, loaded: Sequence[Adapter], weights: Mapping[str, Ta
 
 
 def _correction(
-    loaded: Sequence[Adapter], moments: Mapping[str, Moments] | None, ridge: float | None, start: Array
+    loaded: Sequence[Adapter], moments: Mapping[str, Moments] | None, ridge: float | None, lowest: float
 ) -> tuple[Measured, float] | None:
     """The moments and the ridge of a corrected merge; None for a plain one.
 
@@ -394,9 +439,9 @@ def _correction(
         return None
     ridge = RIDGE if ridge is None else ridge
     check_ridge(ridge)
-    if (start < LEAST_HEARD).any():
+    if lowest < LEAST_HEARD:
         raise UsageError(
-            f"lambdas of a corrected merge are tuned from {LEAST_HEARD:g} on, the start has {start.min():g}: a task at "
+            f"lambdas of a corrected merge are tuned from {LEAST_HEARD:g} on, the start has {lowest:g}: a task at "
             "0 is left out of the equations there; start higher, or leave the task out of --tasks"
         )
     measured = Measured(moments, [adapter.task for adapter in loaded])

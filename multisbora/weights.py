@@ -22,7 +22,7 @@ from .untrusted import read_json, shown
 
 DEFAULT = "default"
 Weight = float | Mapping[str, float]
-By = Literal["task", "kind", "layer", "matrix"]
+By = Literal["task", "kind", "layer", "matrix", "channel"]
 SUFFIXES = (".yaml", ".yml", ".json")
 _SHOWN = 8  # patterns that people are shown one by one
 

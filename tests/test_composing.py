@@ -33,6 +33,26 @@ def test_crosstalk(trained: Path, run: Run) -> None:
     assert shown["tasks"]["adding"]["rows"] == 5
 
 
+def test_tuned_by_channel_merged_proven_and_taken_out_again(trained: Path, run: Run) -> None:
+    tuned = ("tune", "--by", "channel", "--rows", "8", "--steps", "4", "--slack", "5", "--output", "tuned")
+    would = run(*tuned, "--dry-run")
+    assert would.code == 0 and "would tune" in would.out and "write tuned" in would.out and not Path("tuned").exists()
+    made = run(*tuned)
+    assert made.code == 0, made.err
+    assert "by channel" in made.out and "`multisbora merge --adapters tuned`" in made.out
+    assert sorted(path.name for path in Path("tuned").iterdir()) == ["adding", "doubling"]
+    assert run("merge", "--adapters", "tuned", "--output", "merged").code == 0
+    assert run("verify", "merged", "--adapters", "tuned").code == 0
+    assert run("verify", "merged").code == 3  # the project's own are others
+    both = run("verify", "merged", "--adapters", "tuned", "--adapter", "tuned/adding")
+    assert_refused(both, 2, "--adapter names adapters one by one", "give one of them")
+    assert run("remove", "merged", "--task", "adding").code == 0
+    assert run("merge", "--adapters", "tuned", "--tasks", "doubling", "--output", "one").code == 0
+    files = [path.name for path in Path("one").glob("*.safetensors")]
+    assert files and all((Path("merged") / name).read_bytes() == (Path("one") / name).read_bytes() for name in files)
+    assert_refused(run("merge", "--adapters", "none", "--output", "m"), 1, "none/adding does not exist")
+
+
 def test_losses_are_those_of_the_merged_checkpoint(trained: Path, run: Run) -> None:
     """On rows that `eval` sees too: the test rows of this project are its training rows here."""
     patterns = "".join(f", layers.{place}.mlp.down_proj: 0.5" for place in (0, 1)) + ", q_proj: 1, v_proj: 1"

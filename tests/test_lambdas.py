@@ -62,7 +62,7 @@ class Rows:
 def space_of(tasks: int, by: By = "matrix", start: float | TaskWeight = 1.0, modules: list[str] = MODULES) -> Space:
     names = [f"task{number}" for number in range(tasks)]
     weight = start if isinstance(start, TaskWeight) else TaskWeight(start)
-    return Space.of(dict.fromkeys(names, modules), dict.fromkeys(names, weight), by)
+    return Space.of(dict.fromkeys(names, dict.fromkeys(modules, 8)), dict.fromkeys(names, weight), by)
 
 
 def half_of(space: Space, bowls: Bowls, batches: int = 1) -> Half:
@@ -82,7 +82,7 @@ def walked(walk: Iterator[tuple[int, Array]]) -> list[tuple[int, Array]]:
 
 def test_lambdas_of_a_space() -> None:
     weights = {"math": TaskWeight(0.5, (("q", 0.0),)), "code": TaskWeight(-1.0)}
-    space = Space.of({"math": MODULES, "code": MODULES[:2]}, weights, "kind")
+    space = Space.of({"math": dict.fromkeys(MODULES, 8), "code": dict.fromkeys(MODULES[:2], 4)}, weights, "kind")
     assert space.size == 4 and space.modules == tuple(MODULES)
     assert space.start.tolist() == [[0.0, 0.5] * 3, [-1.0] * 6]
     assert space.present.tolist() == [[True] * 6, [True, True, *[False] * 4]]
@@ -93,6 +93,27 @@ def test_lambdas_of_a_space() -> None:
         "math": TaskWeight(0.0617, (("q", 0.1234), ("up", 0.0))),
         "code": TaskWeight(0.5, (("q", -1.0), ("up", 2.0))),
     }
+
+
+def test_a_space_by_channel() -> None:
+    """As many places a matrix as the widest has channels; where a task has fewer, or no such matrix, they are empty."""
+    ranks = {"math": {"a.q": 3, "a.up": 2}, "code": {"a.up": 1}}
+    space = Space.of(ranks, {"math": TaskWeight(0.5, (("q", 2.5),)), "code": TaskWeight(1.0)}, "channel")
+    assert (space.modules, space.width, space.size) == (("a.q", "a.up"), 3, 6)
+    assert space.present.tolist() == [[True] * 5 + [False], [False] * 3 + [True, False, False]]
+    assert space.start.tolist() == [[2.5] * 3 + [0.5] * 3, [1.0] * 6]
+    assert np.array_equal(space.owned, space.present)
+    moved = space.moved(np.full((2, 6), 0.12345) * np.arange(6))
+    assert moved[0].tolist() == [2.5, 2.5, 2.5, 0.8704, 0.9938, 1.1172]  # no higher than 2 or the start
+
+
+def test_descent_by_channel() -> None:
+    ranks = {task: {"a.q": 3, "a.up": 2} for task in ("math", "code")}
+    space = Space.of(ranks, dict.fromkeys(ranks, TaskWeight()), "channel")
+    wanted = np.random.default_rng(0).uniform(0.5, 1.3, (2, 6))
+    bowls = Bowls(np.array([wanted, wanted]), np.ones((2, 2, 6)) * space.present)
+    found = walked(descend(space, bowls, half_of(space, bowls), 200, slack=0.01, regular=0.0))[-1][1]  # type: ignore[arg-type]
+    assert np.abs(found - wanted)[space.present].max() < 0.02
 
 
 def test_how_many_lambdas_there_are() -> None:
@@ -174,7 +195,7 @@ def test_lambdas_of_a_task_are_held_together_and_weak_ones_do_not_stray() -> Non
 
 
 def test_a_start_far_off_and_a_task_without_some_matrices() -> None:
-    names = {"math": MODULES, "code": MODULES[:3]}
+    names = {"math": dict.fromkeys(MODULES, 8), "code": dict.fromkeys(MODULES[:3], 8)}
     space = Space.of(names, {"math": TaskWeight(-0.5), "code": TaskWeight(0.0)}, "matrix")
     bowls = Bowls(np.full((2, 2, 6), 0.5), np.ones((2, 2, 6)) * space.present)
     last = walked(descend(space, bowls, half_of(space, bowls), 150, 0.01, 0.5))[-1][1]  # type: ignore[arg-type]

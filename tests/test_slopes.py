@@ -97,6 +97,31 @@ def test_slopes_where_a_lambda_reaches_the_values_of_all(form: Form) -> None:
     assert error(torch.stack([found["lin"][task] for task in leaves]), wanted) < 5 * TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_slopes_by_channel(form: Form) -> None:
+    """A lambda for each column of fa and each row of fb, against dense weights in fp64."""
+    layer, weight = layer_of(form, "linear", torch.float32, dict.fromkeys(OWN, 1.0))
+    spread = {task: {task: drawn(*layer.sbora_values[task].shape, seed=row)} for row, task in enumerate(OWN)}
+    leaves, dense = {}, weight.double()
+    for task, reach in spread.items():
+        variant, indices = OWN[task]
+        axis = 1 if variant == "fa" else 0
+        leaf = drawn(len(indices), seed=30).double().requires_grad_()
+        leaves[task] = leaf
+        dense = dense + one_hot(variant, indices, reach[task].double() * leaf.unsqueeze(1 - axis), SHAPE)
+        layer.scaling[task] = 1.0
+        fill(layer, task, (reach[task] * leaf.detach().float().unsqueeze(1 - axis)))
+        layer.sbora_values[task].requires_grad_(False)
+    x = drawn(2, 5, SHAPE[1], seed=7).requires_grad_()
+    grad = drawn(2, 5, SHAPE[0], seed=8)
+    with lambda_slopes({"lin": layer}, {"lin": spread}, by_channel=True) as found:
+        layer(x).backward(grad)
+    F.linear(x.detach().double(), dense).backward(grad.double())
+    for task, leaf in leaves.items():
+        assert leaf.grad is not None and found["lin"][task].shape == leaf.shape
+        assert error(found["lin"][task], leaf.grad) < 5 * TOLERANCE[torch.float32]
+
+
 def test_cells_of_earlier_claims_have_no_say(net: Net) -> None:
     """Of a net of several layers, by differences of the loss itself; code's rows cross math's columns."""
     model = two(net.double())

@@ -22,11 +22,12 @@ from safetensors.torch import load_file, save_file
 
 from multisbora import SboraConfig, merge
 from multisbora import tune as tuning
-from multisbora.adapter import Adapter
+from multisbora.adapter import Adapter, rewrite
 from multisbora.blend import Blend
 from multisbora.cli_composed import _tuned_lines
 from multisbora.correct import RIDGE
 from multisbora.dataset import encode, pack
+from multisbora.edit import remove
 from multisbora.errors import AdapterError, CheckpointError, DataError, MergeError, TrainingError, UsageError
 from multisbora.evaluate import log_likelihoods
 from multisbora.geometry import from_checkpoint
@@ -210,13 +211,14 @@ def test_a_tuned_composition_is_the_merged_checkpoint(kind: str, tmp_path: Path)
     assert found.chosen is not None
     path = tmp_path / "weights.yaml"
     point = found.front[-1]  # chosen or not, but no start
-    assert point.step > 0 and any(weight.patterns for weight in point.weights.values())
+    assert point.step > 0 and point.weights is not None
+    assert any(weight.patterns for weight in point.weights.values())
     write_weights(path, point.weights)
     merge(made.base, made.adapters, read_weights(path), output=tmp_path / "merged")
     merged = tensors(tmp_path / "merged")
 
     model, _ = load_model(made.adapters[0], made.base, made.adapters[1:])
-    modules = {recipe.name: [n for n, _ in model.base_model.named_layers()] for recipe in made.recipes}
+    modules = {recipe.name: dict.fromkeys(dict(model.base_model.named_layers()), 8) for recipe in made.recipes}
     space = Space.of(modules, point.weights, "matrix")
     blend = Blend(model, space.modules)
     blend.compose(space.start)
@@ -254,6 +256,64 @@ def test_a_corrected_merge_tuned_keeps_more(made: Made) -> None:
     assert found.ridge == RIDGE and found.chosen is not None and found.chosen.step > 0
     searched = made.tuned(by="task", method="search", steps=8, moments=moments_of(made))
     assert min(kept(searched, "after")) >= min(kept(searched, "before"))
+
+
+@pytest.mark.parametrize("kind", ["llama bfloat16", "llama float32", "gpt2 bfloat16"])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_adapters_tuned_by_channel_merge_to_what_was_judged(kind: str, corrected: bool, tmp_path: Path) -> None:
+    """fa and fb together; at a lambda of 1, and so that each can be taken out again."""
+    name, dtype = kind.split()
+    made = make(tmp_path, {"adding": "fa", "spelling": "fb"}, dtype=dtype, gpt2=name == "gpt2", steps=10)
+    moments = moments_of(made) if corrected else None
+    start = {"adding": 0.8}
+    found = made.tuned(slack=5.0, steps=3, by="channel", moments=moments, start=start)
+    assert found.chosen is not None and found.chosen.step > 0 and found.values is not None
+    assert found.weights == dict.fromkeys(TASKS, TaskWeight()) and found.chosen.weights is None
+    assert found.lambdas == sum(8 * len(own) for own in found.values.values())
+    assert "weights" not in found.to_json()["front"][0]
+    folders = []
+    for adapter in made.adapters:
+        folders.append(tmp_path / "tuned" / adapter.name)
+        rewrite(adapter, found.values[adapter.name], folders[-1], leave="nothing")
+    merged = tmp_path / "merged"
+    merge(made.base, folders, output=merged)
+    assert_same_losses(made, found.chosen, merged, 1e-5 if dtype == "float32" else 1e-2)
+    before = {path.name: path.read_bytes() for path in made.base.glob("*.safetensors")}
+    for task in TASKS:
+        remove(merged, task)
+    assert {path.name: path.read_bytes() for path in merged.glob("*.safetensors")} == before
+
+    # The start is a merge of what was trained, plain or corrected.
+    first = Point(0, None, {name: task.before for name, task in found.tasks.items()}, {})
+    method: Any = {"method": "corrected", "moments": moments} if corrected else {}
+    merge(made.base, made.adapters, start, output=tmp_path / "start", **method)
+    assert_same_losses(made, first, tmp_path / "start", 1e-4 if dtype == "float32" else 2e-2)
+
+
+def test_a_rewritten_adapter_differs_in_values_alone(made: Made, tmp_path: Path) -> None:
+    """Also where ranks and scalings differ from matrix to matrix; PEFT loads it."""
+    source = tmp_path / "source"
+    shutil.copytree(made.adapters[0], source)
+    edit_json(source / "adapter_config.json", alpha_pattern={"q_proj": 3.0}, use_rslora=True)
+    (source / "notes.txt").write_text("a note")
+    (source / "left.bin").write_text("of what was trained")
+    old = Adapter.read(source)
+    values = {name: 2 * module.values for name, module in old.modules.items()}
+    rewrite(source, values, tmp_path / "new", leave="left.bin")
+    new = Adapter.read(tmp_path / "new")
+    assert {name: module.scaling for name, module in new.modules.items()} == dict.fromkeys(values, 1.0)
+    assert all(np.array_equal(new.modules[name].values, own) for name, own in values.items())
+    assert [module.region for module in new.modules.values()] == [module.region for module in old.modules.values()]
+    assert replace(new, path=old.path, digest=old.digest, modules=old.modules) == old
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(
+        path.name for path in source.iterdir() if path.name != "left.bin"
+    )
+    load_model(tmp_path / "new", made.base)
+
+
+def test_by_channel_keeps_more_than_by_matrix(made: Made) -> None:
+    by_matrix, by_channel = (made.tuned(steps=16, by=by) for by in ("matrix", "channel"))
+    assert min(kept(by_channel, "after")) > min(kept(by_matrix, "after"))
 
 
 def test_adapters_that_do_not_name_their_task(made: Made, tmp_path: Path) -> None:
@@ -571,4 +631,8 @@ def test_what_the_command_refuses(ready: Path, run: Run) -> None:
     assert_refused(run("tune", "--tasks", "adding,law"), 1, "adapters/law does not exist", "train --task law")
     assert_refused(run("tune"), 1, "no")
     assert_refused(run(*tasks, "--by", "row"), 2, "by 'row' is unknown")
+    by_channel = (*tasks, "--by", "channel", "--output")
+    assert_refused(run(*by_channel, "weights.yaml"), 2, "weights.yaml is a file's name", "give --output a folder")
+    assert_refused(run(*by_channel, "adapters"), 1, "adapters")
+    assert_refused(run(*tasks, "--by", "channel", "--method", "search"), 2, "cannot find 224 lambdas", progress=True)
     assert (ready / "there.yaml").read_text() == "adding: 1\n"

@@ -11,6 +11,7 @@ step of these tasks, without gradients and optimizer state of their values. Lamb
 slope at 0 as well, and layers stay in the form that they are in: in place, a merge's own weights are differentiated.
 
 Where the values of all tasks hang on each lambda, as in a corrected merge, U reaches over the cells of all of them.
+Where each channel (fa column, fb row) has a lambda of its own, the products are added up along the other axis alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..region import VARIANTS
+from ..region import VARIANTS, own_axis
 from .layer import SboraLayer
 
 Spread = Mapping[str, Mapping[str, Tensor]]  # adapter -> adapter -> what the first one's lambda adds to its values
@@ -30,7 +31,7 @@ Spread = Mapping[str, Mapping[str, Tensor]]  # adapter -> adapter -> what the fi
 
 @contextlib.contextmanager
 def lambda_slopes(
-    layers: Mapping[str, SboraLayer], spreads: Mapping[str, Spread] | None = None
+    layers: Mapping[str, SboraLayer], spreads: Mapping[str, Spread] | None = None, by_channel: bool = False
 ) -> Iterator[dict[str, dict[str, Tensor]]]:
     """Add up d loss / d lambda, over every backward in this block, of each task that was active in its forward.
 
@@ -41,9 +42,10 @@ def lambda_slopes(
     Args:
         layers: name -> layer.
         spreads: name -> spread; None where a task's lambda scales what it trained, and nothing else.
+        by_channel: each task scales its own values alone, and each of its channels by itself.
 
     Yields:
-        name -> adapter -> slope, 0-dim fp32 on the layer's device; filled by backward.
+        name -> adapter -> slope, fp32 on the layer's device, 0-dim or by channel (rank,); filled by backward.
     """
     found: dict[str, dict[str, Tensor]] = {}
 
@@ -57,7 +59,7 @@ def lambda_slopes(
             def after_backward(grad: Tensor) -> None:
                 own = found.setdefault(name, {})
                 parts = _parts(layer, adapters, x, grad)
-                for adapter, slope in _slopes(layer, parts, (spreads or {}).get(name)).items():
+                for adapter, slope in _slopes(layer, parts, (spreads or {}).get(name), by_channel).items():
                     own[adapter] = own[adapter] + slope if adapter in own else slope
 
             if adapters:
@@ -95,10 +97,17 @@ def _parts(layer: SboraLayer, adapters: list[str], x: Tensor, grad: Tensor) -> d
 
 
 @torch.no_grad()
-def _slopes(layer: SboraLayer, parts: Mapping[str, Tensor], spread: Spread | None) -> dict[str, Tensor]:
-    """The slope of each task."""
+def _slopes(
+    layer: SboraLayer, parts: Mapping[str, Tensor], spread: Spread | None, by_channel: bool
+) -> dict[str, Tensor]:
+    """The slope of each task, or those of its channels."""
     if spread is None:
         spread = {adapter: {adapter: layer.update(adapter, 1.0)} for adapter in parts}
+    if by_channel:
+        return {
+            adapter: (parts[adapter] * reach[adapter]).sum(1 - own_axis(layer.variant[adapter]), dtype=torch.float32)
+            for adapter, reach in spread.items()
+        }
     return {
         adapter: torch.stack(
             [(parts[other] * update).sum(dtype=torch.float32) for other, update in reach.items()]
