@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from composition_runs import Run, Store
@@ -52,7 +52,9 @@ RATED_AS = {"osrm": "lora", "lori": "lori-dense"}  # another start, and fewer en
 # Ways to compose: of ours by lambdas and solves, of peers by PEFT's names; "grid": one lambda a task by trial.
 ONE, BY_TASK, BY_MATRIX, GRID = "lambda 1", "tuned by task", "tuned by matrix", "grid"
 CORRECTED, CORRECTED_TUNED = "corrected", "corrected, tuned by matrix"
+BY_CHANNEL, CORRECTED_CHANNEL = "tuned by channel", "corrected, tuned by channel"
 TUNINGS = {BY_TASK: "task", BY_MATRIX: "matrix", CORRECTED_TUNED: "matrix"}
+BEFORE = {BY_CHANNEL: BY_MATRIX, CORRECTED_CHANNEL: CORRECTED_TUNED}  # lambdas by matrix, where those by channel start
 # One lambda for all that needs no rows, by how many tasks there are.
 ROOT, MEAN = "lambda 1/sqrt(tasks)", "lambda 1/tasks"
 EVEN: Mapping[str, Callable[[int], float]] = {ONE: lambda n: 1.0, ROOT: lambda n: n**-0.5, MEAN: lambda n: 1 / n}
@@ -103,11 +105,11 @@ AGAIN: tuple[Wave, ...] = (
     (FA, (BY_MATRIX,)),
 )
 MANY: tuple[Wave, ...] = (
-    (FA_BOTH, (ONE, *SOLVED, MEAN)),
+    (FA_BOTH, (ONE, *SOLVED, CORRECTED_CHANNEL, MEAN)),
     (JOINT, (ONE,)),
     (LORA, (SUMS[0], *OTHERS)),
     (FA, (ONE, CORRECTED, MEAN)),
-    (FA_BOTH, (BY_MATRIX,)),
+    (FA_BOTH, (BY_MATRIX, BY_CHANNEL)),
     (LORA, SUMS[1:]),
     (OVERLAP, (ONE, GRID)),
     (FA_BOTH, (BY_TASK, ROOT)),
@@ -118,12 +120,12 @@ MANY: tuple[Wave, ...] = (
     (FB, (ONE, BY_TASK)),
     (FB_BOTH, (ONE, BY_TASK)),
 )
-HEADLINES = {2: (FA_BOTH, BY_MATRIX), 8: (FA_BOTH, CORRECTED_TUNED)}  # what the targets are set for
+HEADLINES = {2: (FA_BOTH, BY_MATRIX), 8: (FA_BOTH, CORRECTED_CHANNEL)}  # what the targets are set for
 # Of --quick: every way to train and to compose at least once, and two of them for merges of 4 and 8.
 FEW: tuple[Wave, ...] = (
     (FA, (ONE, BY_TASK, GRID)),
     (LORA, (*SUMS, "svd", f"svd {GRID}", "ties")),
-    (FA_BOTH, (BY_MATRIX, *SOLVED)),
+    (FA_BOTH, (BY_MATRIX, *SOLVED, BY_CHANNEL, CORRECTED_CHANNEL)),
     (JOINT, (ONE,)),
     (OVERLAP, (GRID,)),
     (FB_BOTH, (ONE, CORRECTED)),
@@ -342,10 +344,17 @@ class Plan:
         """What chooses the lambdas of a cell."""
         runs, tasks = self.trainings(cell), list(cell.tasks)
         name = f"{cell.arm.name} {len(tasks)}t s{cell.seed}"
+        rows, steps = self.setup.tuned, self.setup.tune_steps
+        if len(tasks) > 2:
+            rows, steps = max(2 * rows // len(tasks), min(rows, 32)), max(1, steps // 2)
+        if cell.how in BEFORE:
+            before = self.lambdas(replace(cell, how=BEFORE[cell.how]))
+            assert before is not None
+            # Many lambdas want many rows.
+            spec = {"tasks": tasks, "by": "channel", "rows": min(2 * rows, self.setup.tuned), "steps": steps}
+            spec |= {"corrected": True} if cell.how == CORRECTED_CHANNEL else {}
+            return Run("tune", f"{name} {cell.how}", spec, (*before.needs, before))
         if cell.how in TUNINGS:
-            rows, steps = self.setup.tuned, self.setup.tune_steps
-            if len(tasks) > 2:
-                rows, steps = max(2 * rows // len(tasks), min(rows, 32)), max(1, steps // 2)
             spec = {"tasks": tasks, "by": TUNINGS[cell.how], "rows": rows, "steps": steps}
             if cell.how == CORRECTED_TUNED:
                 spec["corrected"] = True

@@ -5,6 +5,7 @@ The work folder:
     rows/, tasks/      of the tasks
     claims/KEY         a project with claims and moments, for all adapters that are trained on them
     trained/KEY        one adapter, in adapters/TASK
+    tuned/KEY          adapters that were tuned by channel, by TASK
     composed/KEY       a project with links to adapters, for one tuning or merge
     logs/KEY.log       what was said
     runs.jsonl         what came out
@@ -46,7 +47,7 @@ class Steps:
         self.work, self.setup, self.store, self.here, self.lock = work, setup, store, here, lock
         self._children: set[subprocess.Popen[str]] = set()
         self._stopped = threading.Event()
-        for folder in ("claims", "trained", "composed", "logs"):
+        for folder in ("claims", "trained", "tuned", "composed", "logs"):
             (work / folder).mkdir(exist_ok=True)
 
     def __call__(self, run: Run, threads: int) -> Answer:
@@ -79,6 +80,8 @@ class Steps:
         elif run.kind in ("moments", "through"):
             (of,) = run.needs
             folder = self.work / ("claims" if of.kind == "claims" else "trained") / of.key
+        elif _is_by_channel(run):
+            folder = self.work / "tuned" / run.key
         else:
             return None
         return folder / f"{run.key}.done"
@@ -184,6 +187,8 @@ class Steps:
         trainings, weights = self._parts(run)
         if run.spec["how"] != CORRECTED:
             adapters = self._adapters(trainings)
+            for tuned in filter(_is_by_channel, run.needs):
+                adapters = {task: str(self.work / "tuned" / tuned.key / task) for task in adapters}
             return self._loss(run, _kind(trainings[0]), adapters, weights, run.spec["how"], threads)
         with self._merged(run, trainings, weights, threads) as merged:
             return self._loss(run, "checkpoint", {}, {}, "", threads, base=merged)
@@ -214,6 +219,12 @@ class Steps:
         command = ["tune", "--tasks", ",".join(run.spec["tasks"]), "--by", run.spec["by"], "--json"]
         command += ["--rows", str(run.spec["rows"]), "--steps", str(run.spec["steps"])]
         command += ["--corrected"] if run.spec.get("corrected") else []
+        if _is_by_channel(run):
+            (before,) = (need for need in run.needs if need.kind == "tune")
+            (folder / "start.yaml").write_text(yaml.safe_dump(self.store.result(before)["weights"]), encoding="utf-8")
+            output = self.work / "tuned" / run.key
+            shutil.rmtree(output, ignore_errors=True)
+            command += ["--weights-from", "start.yaml", "--output", str(output)]
         found: Answer = json.loads(self._multisbora(run, folder, command, threads))
         shutil.rmtree(folder)
         return {key: found[key] for key in ("weights", "tasks", "lambdas", "steps")}
@@ -321,6 +332,10 @@ class Steps:
 def _claims_of(training: Run) -> Run:
     (need,) = training.needs
     return need.needs[0] if need.kind == "moments" else need
+
+
+def _is_by_channel(run: Run) -> bool:
+    return run.kind == "tune" and run.spec["by"] == "channel"
 
 
 def _kind(training: Run) -> str:

@@ -246,6 +246,9 @@ def test_arms_differ_in_what_they_say(script: Script, tmp_path: Path) -> None:
     assert [need.kind for need in both.needs] == ["train", "train", "through", "through", "tune"]
     assert both.spec["how"] == "corrected" and both.needs[-1].spec["corrected"]
     assert both.needs[-1].needs == both.needs[:-1]
+    finer = plan.mix(names.Cell(names.PAIR, 0, names.FA, names.CORRECTED_CHANNEL))
+    assert [need.kind for need in finer.needs] == ["train", "train", "tune"] and finer.spec["how"] == "live"
+    assert finer.needs[-1].needs == both.needs and finer.needs[-1].spec["by"] == "channel"
 
 
 # ----------------------------------------------------------------------------------------------------------- the peers
