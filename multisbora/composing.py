@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from .moments import MOMENTS_FILE
 from .project import Project
 from .publish import check_output, check_output_file, publish, publish_file
 from .recipe import load
+from .untrusted import read_json
 from .weights import SUFFIXES, GivenWeights, check_suffix, write_weights
 
 if TYPE_CHECKING:
@@ -125,8 +128,8 @@ def tune_tasks(
         return found
     if found.values is not None:
         with publish(output) as folder:
-            for task, values in found.values.items():  # moments are of what was trained, and stay behind
-                rewrite(project.adapter(task), values, folder / task, leave=MOMENTS_FILE)
+            for task, values in found.values.items():
+                _write_tuned(project.adapter(task), values, folder / task, found)
     else:
         note = f"made by multisbora tune --by {found.by} --method {found.method}"
         if found.ridge is not None:
@@ -134,6 +137,17 @@ def tune_tasks(
         with publish_file(output) as path:
             write_weights(path, found.weights, note)
     return found
+
+
+def _write_tuned(trained: Path, values: Mapping[str, Any], output: Path, found: Tuned) -> None:
+    """Write an adapter with tuned values; what trained it says that, too, where there is such a record."""
+    from .train import TRAINING_FILE
+
+    rewrite(trained, values, output, leave=MOMENTS_FILE)  # moments are of what was trained
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        told = {"by": found.by, "tasks": list(found.tasks), "steps": found.steps, "ridge": found.ridge}
+        record = {**read_json(output / TRAINING_FILE), "tuned": told}
+        (output / TRAINING_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _check_folder(output: Path) -> None:

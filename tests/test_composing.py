@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -41,6 +42,9 @@ def test_tuned_by_channel_merged_proven_and_taken_out_again(trained: Path, run: 
     assert made.code == 0, made.err
     assert "by channel" in made.out and "`multisbora merge --adapters tuned`" in made.out
     assert sorted(path.name for path in Path("tuned").iterdir()) == ["adding", "doubling"]
+    before, record = (json.loads((Path(of) / "adding/training.json").read_bytes()) for of in ("adapters", "tuned"))
+    tuned_by = {"by": "channel", "tasks": ["adding", "doubling"], "steps": 4, "ridge": None}
+    assert record == before | {"tuned": tuned_by}
     assert run("merge", "--adapters", "tuned", "--output", "merged").code == 0
     assert run("verify", "merged", "--adapters", "tuned").code == 0
     assert run("verify", "merged").code == 3  # the project's own are others
