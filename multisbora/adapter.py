@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -168,16 +169,32 @@ def rewrite(folder: Path, values: Mapping[str, np.ndarray], output: Path, leave:
         values: module -> fp32 values of the shape that it has, for every module of the adapter.
         output: folder to make.
         leave: name of a file that does not go along.
+
+    Raises:
+        AdapterError: what was written cannot be read again.
     """
-    shutil.copytree(folder, output, ignore=shutil.ignore_patterns(leave, WEIGHTS_FILE))
+    output.mkdir(parents=True)
+    for path in folder.iterdir():
+        if path.is_file() and path.name not in (leave, WEIGHTS_FILE, CONFIG_FILE):
+            shutil.copyfile(path, output / path.name)
     header = read_header(folder / WEIGHTS_FILE)
     tensors = safetensors.numpy.load_file(folder / WEIGHTS_FILE)
     tensors |= {_PREFIX + module + _VALUES: np.ascontiguousarray(own) for module, own in values.items()}
     safetensors.numpy.save_file(tensors, output / WEIGHTS_FILE, header.metadata)
     config = read_json(folder / CONFIG_FILE)
-    # Where the rank differs from r, rank_pattern says so: alpha is the rank everywhere, and the scaling 1.
-    config |= {"alpha": config["r"], "alpha_pattern": config.get("rank_pattern") or {}, "use_rslora": False}
-    (output / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    # Alpha is the rank everywhere, so that the scaling is 1.
+    by_rank: dict[int, list[str]] = {}
+    for module in values:
+        (rank,) = header.tensors[_PREFIX + module + _INDICES].shape
+        by_rank.setdefault(rank, []).append(re.escape(module).replace(r"\-", "-"))
+    alpha = max(by_rank, key=lambda rank: len(by_rank[rank]))
+    patterns = {"|".join(names): rank for rank, names in by_rank.items() if rank != alpha}
+    config |= {"alpha": alpha, "alpha_pattern": patterns, "use_rslora": False}
+    (output / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    if odd := [name for name, module in Adapter.read(output).modules.items() if module.scaling != 1]:
+        raise AdapterError(
+            f"{folder} cannot be written with other values: {odd[0]} would be scaled by its alpha_pattern"
+        )
 
 
 class _Config:

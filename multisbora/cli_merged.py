@@ -101,7 +101,8 @@ def merge(
         ridge=ridge,
     )
     rows = _task_rows(merged.receipt)
-    done = f"wrote {output}: prove it with `multisbora verify {output}`"
+    within = "" if adapters is None else f" --adapters {adapters}"
+    done = f"wrote {output}: prove it with `multisbora verify {output}{within}`"
     show(merged.to_json(), as_json, [*table(rows), merged.line(output) if dry_run else done])
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .adapter import rewrite
 from .deployed import moments_of
@@ -18,7 +19,7 @@ from .project import Project
 from .publish import check_output, check_output_file, publish, publish_file
 from .recipe import load
 from .untrusted import read_json
-from .weights import SUFFIXES, GivenWeights, check_suffix, write_weights
+from .weights import SUFFIXES, GivenWeights, check_by, check_suffix, write_weights
 
 if TYPE_CHECKING:
     from .crosstalk import Crosstalk
@@ -95,6 +96,8 @@ def tune_tasks(
         corrected: for a merge by method corrected, with the moments that it would take.
         settings: of `tune`.
     """
+    if "by" in settings:
+        check_by(settings["by"])
     by_channel = settings.get("by") == "channel"
     if output is not None and by_channel:
         _check_folder(output)
@@ -127,8 +130,11 @@ def tune_tasks(
     if output is None or dry_run:
         return found
     if found.values is not None:
+        heard = {task: own for task, own in found.values.items() if any(map(np.any, own.values()))}
+        for task in found.values.keys() - heard.keys():
+            say(f"task {task} is at 0 in every channel, and adds nothing: there is no adapter of it in {output}")
         with publish(output) as folder:
-            for task, values in found.values.items():
+            for task, values in heard.items():
                 _write_tuned(project.adapter(task), values, folder / task, found)
     else:
         note = f"made by multisbora tune --by {found.by} --method {found.method}"
@@ -144,10 +150,12 @@ def _write_tuned(trained: Path, values: Mapping[str, Any], output: Path, found: 
     from .train import TRAINING_FILE
 
     rewrite(trained, values, output, leave=MOMENTS_FILE)  # moments are of what was trained
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        told = {"by": found.by, "tasks": list(found.tasks), "steps": found.steps, "ridge": found.ridge}
-        record = {**read_json(output / TRAINING_FILE), "tuned": told}
-        (output / TRAINING_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    try:
+        record = {**read_json(output / TRAINING_FILE)}
+    except (OSError, ValueError, TypeError):  # none, or another program's
+        return
+    record["tuned"] = {"by": found.by, "tasks": list(found.tasks), "steps": found.steps, "ridge": found.ridge}
+    (output / TRAINING_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _check_folder(output: Path) -> None:

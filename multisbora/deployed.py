@@ -188,13 +188,13 @@ def verify_merged(
     from .hub import find_base
     from .verify import verify
 
-    if quick:
-        with reading(path, say=say):
-            return verify(path, base, adapters, quick=True)
     if adapters is not None and within is not None:
         raise UsageError("--adapter names adapters one by one, and --adapters the folder of all: give one of them")
     if within is not None:
         adapters = [Path(within) / task for task in _merged_tasks(path)]
+    if quick:
+        with reading(path, say=say):
+            return verify(path, base, adapters, quick=True)
     if adapters is None:
         project = Project.load()
         adapters = [project.adapter(task) for task in _merged_tasks(path)]

@@ -127,6 +127,8 @@ class Moments:
     def __post_init__(self) -> None:
         check_name(self.task)
         counts = (self.rows, self.tokens)
+        if not isinstance(self.base_fingerprint, str):
+            raise self._damaged(f"base fingerprint {shown(self.base_fingerprint)}")
         if not all(type(count) is int and count > 0 for count in counts) or self.source not in SOURCES:
             raise self._damaged(f"{shown(self.rows)} rows, {shown(self.tokens)} tokens, source {shown(self.source)}")
         if (self.source == "adapter") != (self.adapter is not None):

@@ -40,7 +40,7 @@ from .quantization import widen
 from .recipe import Recipe
 from .shares import Share, load, require_disjoint, shares_of
 from .train import TEMPLATE, changed_since
-from .weights import By, TaskWeight, Weight, resolve
+from .weights import By, TaskWeight, Weight, check_by, resolve
 
 Method = Literal["gradient", "search"]
 Say = Callable[[str], None]
@@ -104,8 +104,8 @@ class Tuned:
     Attributes:
         lambdas: how many there were to choose.
         tasks: empty in a dry run.
-        weights: what to merge with: those of `chosen`, in a dry run the start. By channel the lambdas are in `values`,
-            and those of `rewritten` adapters are 1.
+        weights: what to merge with: those of `chosen`, in a dry run the start. By channel lambdas are in `values`, and
+            what `adapter.rewrite` makes of these merges at 1.
         chosen: the point that was taken; None in a dry run.
         front: the judged points that no other one equals in all tasks and beats in one, the chosen one among them.
         ridge: of the corrected merge that they are for, or by channel that they were found from; None for a plain one.
@@ -160,9 +160,9 @@ def tune(
     """Find the lambdas of a composition. Same arguments, rows and machine, same lambdas.
 
     Each is rounded to four places before it is judged, so that what was judged is what `merge` writes with these
-    weights: bit for bit on a base as stored, up to the products' rounding on a quantised one, and on an fp16 base up to
-    that of fp16, whose gradient is taken in fp32. For a corrected merge, which solves anew for every lambda, it is that
-    solution up to rounding: all its values are linear in the lambdas.
+    weights, or with adapters that have them: bit for bit on a base as stored, up to the products' rounding on a
+    quantised one, and on an fp16 base up to that of fp16, whose gradient is taken in fp32. For a corrected merge, which
+    solves anew for every lambda, it is that solution up to rounding: all its values are linear in the lambdas.
 
     By channel, each column of an fa task and each row of an fb task has a lambda. No file of weights holds so many:
     they go into values, `Tuned.values`, of which adapters are made that merge plainly at a lambda of 1. With `moments`
@@ -182,7 +182,8 @@ def tune(
         steps: of the gradient, or trials of the search.
         slack: share of its gain that a task may lose, against the start, for the good of the others; 0 lets none lose.
         regular: how strongly a task's lambdas are pulled towards their mean (or to the pattern of the start, moved by
-            their mean), which is free. A matrix of average slope stays within 1/regular of it; 0 pulls not at all.
+            their mean), which is free. A matrix or channel of average slope stays within 1/regular of it; at 0
+            nothing pulls.
         seed: of the search, from 0 to 2**32 - 1.
         base_view: see `load_model`.
         moments: task -> moments: tune for `merge` by method corrected, with these; None for the plain one.
@@ -376,8 +377,7 @@ def _gains(names: Sequence[str], learn: Half, judge: Half, say: Say) -> Flags:
 
 
 def _check(by: str, method: str, rows: int, steps: int, slack: float, regular: float, seed: int) -> None:
-    if by not in get_args(By):
-        raise UsageError(f"by {by!r} is unknown: use {', '.join(get_args(By))}")
+    check_by(by)
     if method not in get_args(Method):
         raise UsageError(f"method {method!r} is unknown: use {' or '.join(get_args(Method))}")
     for name, value, least in (("rows", rows, 2), ("steps", steps, 1), ("slack", slack, 0), ("regular", regular, 0)):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -210,7 +210,7 @@ def _numbers(value: Any, depth: int = 2) -> Any:
 
 def grouped(modules: Iterable[str], by: By) -> dict[str, list[str]]:
     """The modules that share a lambda, by a pattern that names them: all, those of one kind ("q_proj"), those of one
-    numbered block, or each alone. A module outside of all blocks is a layer of its own.
+    numbered block, or each alone (by channel too). A module outside of all blocks is a layer of its own.
 
     Raises:
         UsageError: there are more groups than a weight may have patterns.
@@ -275,6 +275,15 @@ def write_weights(path: str | os.PathLike[str], weights: Mapping[str, TaskWeight
     else:
         text = f"# {note}\n" * bool(note) + yaml.safe_dump(content, sort_keys=False, width=1000).rstrip()
     path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def check_by(by: str) -> None:
+    """
+    Raises:
+        UsageError: it is none of `By`.
+    """
+    if by not in get_args(By):
+        raise UsageError(f"by {by!r} is unknown: use {', '.join(get_args(By))}")
 
 
 def check_suffix(path: Path) -> None:

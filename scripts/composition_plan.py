@@ -350,7 +350,7 @@ class Plan:
         if cell.how in BEFORE:
             before = self.lambdas(replace(cell, how=BEFORE[cell.how]))
             assert before is not None
-            # Many lambdas want many rows.
+            # Many lambdas want many rows, and eight tasks have few each.
             spec = {"tasks": tasks, "by": "channel", "rows": min(2 * rows, self.setup.tuned), "steps": steps}
             spec |= {"corrected": True} if cell.how == CORRECTED_CHANNEL else {}
             return Run("tune", f"{name} {cell.how}", spec, (*before.needs, before))

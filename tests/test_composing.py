@@ -45,10 +45,12 @@ def test_tuned_by_channel_merged_proven_and_taken_out_again(trained: Path, run: 
     before, record = (json.loads((Path(of) / "adding/training.json").read_bytes()) for of in ("adapters", "tuned"))
     tuned_by = {"by": "channel", "tasks": ["adding", "doubling"], "steps": 4, "ridge": None}
     assert record == before | {"tuned": tuned_by}
-    assert run("merge", "--adapters", "tuned", "--output", "merged").code == 0
+    merged = run("merge", "--adapters", "tuned", "--output", "merged")
+    assert merged.code == 0 and "`multisbora verify merged --adapters tuned`" in merged.out
     assert run("verify", "merged", "--adapters", "tuned").code == 0
     assert run("verify", "merged").code == 3  # the project's own are others
     both = run("verify", "merged", "--adapters", "tuned", "--adapter", "tuned/adding")
+    assert run("verify", "merged", "--quick", "--adapters", "tuned").code == 2
     assert_refused(both, 2, "--adapter names adapters one by one", "give one of them")
     assert run("remove", "merged", "--task", "adding").code == 0
     assert run("merge", "--adapters", "tuned", "--tasks", "doubling", "--output", "one").code == 0

@@ -159,6 +159,7 @@ DAMAGE = {
     "block": "UPDATE moments SET block = substr(block, 5)",
     "a number": "UPDATE moments SET energy = 7",
     "text": "UPDATE moments SET energy = printf('%*s', length(energy), 'x')",
+    "no text": "UPDATE moments SET energy = CAST(zeroblob(length(energy) - 1) || x'ff' AS TEXT)",
     "NaN": "UPDATE moments SET response = CAST(x'0000c07f' || substr(response, 5) AS BLOB)",
     "a negative square": "UPDATE moments SET energy = CAST(x'000080bf' || substr(energy, 5) AS BLOB)",
     "channels that fall": "UPDATE moments SET channels = CAST(x'0f000000' || substr(channels, 5) AS BLOB)",
@@ -187,7 +188,9 @@ def test_damaged_moments_are_named(filled: str, damage: str) -> None:
     with Registry.open(filled) as registry:
         problems = check(registry).problems
         assert problems and any("moments of task" in line and "measure --tasks math" in line for line in problems)
-        if damage != "a matrix of nobody":
+        if damage == "no text":  # SQLite's driver fails on it
+            refused(lambda: registry.moments("tiny", "math"), RegistryError, "see multisbora registry check")
+        elif damage != "a matrix of nobody":
             refused(lambda: registry.moments("tiny", "math"), RegistryError, "moments of task", "math", "damaged")
         # Claims are not what is broken.
         assert registry.task("tiny", "math") and snapshot.export(registry)

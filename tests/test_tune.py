@@ -278,6 +278,15 @@ def test_adapters_tuned_by_channel_merge_to_what_was_judged(kind: str, corrected
     merged = tmp_path / "merged"
     merge(made.base, folders, output=merged)
     assert_same_losses(made, found.chosen, merged, 1e-5 if dtype == "float32" else 1e-2)
+    model, _ = load_model(made.adapters[0], made.base, made.adapters[1:])  # as `Blend` has it, bit for bit
+    written = tensors(merged)
+    for module, layer in model.base_model.named_layers():
+        for adapter, task in zip(model.peft_config, TASKS, strict=True):
+            layer.scaling[adapter] = 1.0
+            layer.sbora_values[adapter].data.copy_(torch.from_numpy(found.values[task][module]))
+        layer.outdate()
+        layer.settle()
+        assert torch.equal(bits(layer.base_layer.weight), bits(written[f"{module}.weight"])), module
     before = {path.name: path.read_bytes() for path in made.base.glob("*.safetensors")}
     for task in TASKS:
         remove(merged, task)
@@ -294,7 +303,13 @@ def test_a_rewritten_adapter_differs_in_values_alone(made: Made, tmp_path: Path)
     """Also where ranks and scalings differ from matrix to matrix; PEFT loads it."""
     source = tmp_path / "source"
     shutil.copytree(made.adapters[0], source)
-    edit_json(source / "adapter_config.json", alpha_pattern={"q_proj": 3.0}, use_rslora=True)
+    weights = load_file(source / "adapter_model.safetensors")
+    for name in list(weights):  # three of eight columns
+        if "layers.0.mlp" in name:
+            weights[name] = (weights[name][:3] if name.endswith("indices") else weights[name][:, :3]).contiguous()
+    save_file(weights, source / "adapter_model.safetensors", {"format": "pt"})
+    ranks = {r".*\.0\.mlp\..*": 3, "up_proj": 8}
+    edit_json(source / "adapter_config.json", alpha_pattern={"q_proj": 3.0}, rank_pattern=ranks, use_rslora=True)
     (source / "notes.txt").write_text("a note")
     (source / "left.bin").write_text("of what was trained")
     old = Adapter.read(source)
@@ -308,7 +323,8 @@ def test_a_rewritten_adapter_differs_in_values_alone(made: Made, tmp_path: Path)
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(
         path.name for path in source.iterdir() if path.name != "left.bin"
     )
-    load_model(tmp_path / "new", made.base)
+    model, _ = load_model(tmp_path / "new", made.base)
+    assert {scale for _, layer in model.base_model.named_layers() for scale in layer.scaling.values()} == {1.0}
 
 
 def test_by_channel_keeps_more_than_by_matrix(made: Made) -> None:
@@ -602,6 +618,15 @@ def test_tune_and_merge(ready: Path, run: Run) -> None:
     assert {task: receipt.tasks[task].weight for task in TASKS} == weights
 
 
+def test_a_task_at_0_in_every_channel_has_no_adapter(ready: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`merge` would take it for one that was never trained."""
+    monkeypatch.setattr("multisbora.tune._choice", lambda *_: 0)
+    tuned = ("tune", "--by", "channel", "--rows", "8", "--steps", "1", "--output", "tuned")
+    shown = run(*tuned, "--tasks", "adding,spelling", "--weight", "adding=0")
+    assert shown.code == 0 and "task adding is at 0 in every channel" in shown.err
+    assert [path.name for path in (ready / "tuned").iterdir()] == ["spelling"]
+
+
 def test_the_lambda_that_is_shown() -> None:
     """A mean is what tuning makes of the default; that of a start that nothing beats is what somebody said."""
     start = {"a": TaskWeight(0.5, (("q_proj", 2.0),)), "b": TaskWeight(1.0, tuple((f"{n}.x", 0.5) for n in range(4)))}
@@ -631,6 +656,7 @@ def test_what_the_command_refuses(ready: Path, run: Run) -> None:
     assert_refused(run("tune", "--tasks", "adding,law"), 1, "adapters/law does not exist", "train --task law")
     assert_refused(run("tune"), 1, "no")
     assert_refused(run(*tasks, "--by", "row"), 2, "by 'row' is unknown")
+    assert_refused(run(*tasks, "--by", "chanel", "--output", "tuned"), 2, "by 'chanel' is unknown")
     by_channel = (*tasks, "--by", "channel", "--output")
     assert_refused(run(*by_channel, "weights.yaml"), 2, "weights.yaml is a file's name", "give --output a folder")
     assert_refused(run(*by_channel, "adapters"), 1, "adapters")

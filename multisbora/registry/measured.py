@@ -232,19 +232,24 @@ def faults(connection: sa.Connection) -> Iterator[str]:
         try:
             _of(head, {})
         except RegistryError as error:
-            yield str(error)
+            yield f"measurement {head.id}: {error}"
     for measurement, matrix, task, model, module, out_features, in_features, same, *found in rows.all():
         what = "do not fit its matrix"
         if same and found == _lengths(in_features, out_features, found[2] or 0):
             stored = sa.select(*(sa.type_coerce(column, _BYTES) for column in sized))
             mine = (moments.c.measurement_id == measurement, moments.c.matrix_id == matrix)
-            site = _site(list(connection.execute(stored.where(*mine)).one()), out_features, in_features)
+            try:
+                site = _site(list(connection.execute(stored.where(*mine)).one()), out_features, in_features)
+            except sa.exc.DBAPIError as error:  # text that is none
+                if error.connection_invalidated:
+                    raise
+                site = None
             fault = "they are no bytes" if site is None else site.fault()
             if not fault:
                 continue
             what = f"are damaged ({fault}) at its matrix"
         yield (
-            f"the moments of task {task!r} of {model} {what} {module}: measure it again with "
+            f"the moments of task {task!r} of {model or 'no model'} {what} {module}: measure it again with "
             f"multisbora measure --tasks {task}"
         )
 
