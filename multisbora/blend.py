@@ -118,11 +118,7 @@ class Blend:
                 continue
             values.zero_()
             for task, reach in self._spreads[module].items():
-                if adapter not in reach:
-                    continue
-                if self.width == 1:
-                    values.add_(reach[adapter], alpha=float(weights[task][0]))
-                else:
+                if adapter in reach:
                     values.add_(scaled(reach[adapter], weights[task], own_axis(layer.variant[adapter])))
         return {name: 1.0 if together else float(own[0]) for name, own in weights.items()}
 
@@ -179,10 +175,10 @@ class Blend:
 
 
 def scaled(values: Tensor, lambdas: Array, axis: int) -> Tensor:
-    """A task's values in fp32, with a lambda for each of its channels in them.
+    """A task's values in fp32, with a lambda for each of its channels in them, or one for all.
 
     Args:
-        lambdas: at least as many as there are channels.
+        lambdas: one, or at least as many as there are channels.
         axis: of the values, along which its channels lie.
     """
     own = torch.from_numpy(lambdas[: values.shape[axis]].astype(np.float32)).to(values.device)
