@@ -139,8 +139,8 @@ def reweight(
         entry = merged_task(found, lambdas, deployed.geometry)
         if _identity(entry) != _identity(told):
             raise AdapterError(
-                f"{found.path} is not the adapter of {found.task} that was merged into {folder}: remove {found.task} "
-                "there, then add it anew"
+                f"{found.path} is not the adapter of {found.task} that was merged into {folder}: give that one, or "
+                f"remove {found.task} there and add it anew"
             )
         moves, corrected = resolve(deployed, Move(found.task, told, entry, shares))
         return Change(deployed, "reweight", found.task, moves, corrected).make(dry_run)

@@ -295,6 +295,14 @@ class Audit:
     def _of(self, task: str) -> list[Update | Replacement]:
         return [share for shares in self.shares.values() for share in shares if share.task == task]
 
+    def _source(self, told: Told | None) -> str:
+        """Which adapters are not those that were merged: why cells are wrong, where these are."""
+        if told is None or "adapter digest" in self.problems[0]:
+            return ""
+        merged = {name: task.rest["adapter_digest"] for name, task in told.tasks.items()}
+        other = [str(task.folder) for task in self.tasks if merged[task.name] != task.rest["adapter_digest"]]
+        return f" (by its receipt, other adapters were merged than {', '.join(other)}: give those)" if other else ""
+
     def _proof(self, told: Told | None) -> Proof:
         return Proof(
             ok=not self.problems,
@@ -310,7 +318,7 @@ class Audit:
                 )
                 for task in self.tasks
             },
-            problem=shown(self.problems[0], MAX_PROBLEM) if self.problems else None,
+            problem=shown(self.problems[0] + self._source(told), MAX_PROBLEM) if self.problems else None,
         )
 
 
