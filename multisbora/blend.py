@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import use_packed_attention
@@ -141,15 +142,30 @@ class Blend:
         """The loss of each batch, (batches,): the sum over its answer tokens."""
         return np.array([float(self._loss(batch)) for batch in rows])
 
-    def slopes(self, batch: Batch) -> tuple[float, Array]:
+    @torch.no_grad()
+    def told(self, batch: Batch, task: int) -> Tensor:
+        """What a task's own adapter says at each answer token of a batch, alone and at lambda 1: log-probabilities,
+        (tokens, vocabulary), fp32. That is composed then."""
+        self.compose(np.ones((len(self.adapters), len(self.layers) * self.width)), [task])
+        return F.log_softmax(_answered(self.model(**batch.inputs), batch), -1)
+
+    @torch.no_grad()
+    def apart(self, batch: Batch, target: Tensor) -> float:
+        """How far what is composed is from `target`, of `told`: Kullback-Leibler divergence, nats, summed."""
+        return float(self._loss(batch, target))
+
+    def slopes(self, batch: Batch, target: Tensor | None = None) -> tuple[float, Array]:
         """The loss of a batch, and its derivative by each lambda, (tasks, places); 0 where a task has no such place.
+
+        Args:
+            target: where the loss is not that of the answers, but how far what is composed is `apart` from this.
 
         Raises:
             TrainingError: the model cannot be differentiated, or not in finite numbers.
         """
         try:
             with torch.enable_grad(), lambda_slopes(self.layers, self._spreads, self.width > 1) as found:
-                loss = self._loss(batch)
+                loss = self._loss(batch, target)
                 loss.backward()
         except (RuntimeError, NotImplementedError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -170,8 +186,18 @@ class Blend:
             raise TrainingError(f"the gradient of this model {what}: tune by --method search")
         return float(loss.detach()), slopes.reshape(len(self.adapters), -1)
 
-    def _loss(self, batch: Batch) -> Tensor:
-        return answer_loss(self.model(**batch.inputs), batch.labels, num_items_in_batch=1)
+    def _loss(self, batch: Batch, target: Tensor | None = None) -> Tensor:
+        outputs = self.model(**batch.inputs)
+        if target is None:
+            return answer_loss(outputs, batch.labels, num_items_in_batch=1)
+        found = F.log_softmax(_answered(outputs, batch), -1)
+        return F.kl_div(found, target, reduction="sum", log_target=True)
+
+
+def _answered(outputs: Any, batch: Batch) -> Tensor:
+    """The logits that answer tokens are predicted from, (tokens, vocabulary), fp32."""
+    kept: Tensor = outputs.logits.flatten(0, -2)[batch.places.reshape(-1) > 0]
+    return kept.float()
 
 
 def scaled(values: Tensor, lambdas: Array, axis: int) -> Tensor:
@@ -193,6 +219,8 @@ class Half:
         batches: task -> its rows.
         base, own, start: task -> nats of each of its batches: of the base model, with the task's own adapter alone at
             lambda 1, and of the composition that tuning starts from.
+        apart: task -> how far that composition is from the own adapter on each of its batches, see `Blend.apart`, where
+            own adapters are followed; else none.
         scale: (tasks,) nats a token that are one lost share; the gain, where nobody says something else.
     """
 
@@ -200,15 +228,19 @@ class Half:
     base: list[Array]
     own: list[Array]
     start: list[Array]
+    apart: list[Array] = field(default_factory=list)
     scale: Array = field(default_factory=lambda: np.zeros(0))
 
     @classmethod
-    def measured(cls, blend: Blend, examples: Sequence[Sequence[Example]], start: Array, tokens: int) -> Half:
+    def measured(
+        cls, blend: Blend, examples: Sequence[Sequence[Example]], start: Array, tokens: int, follow_own: bool = False
+    ) -> Half:
         """
         Args:
             examples: of each task.
-            start: lambdas, (tasks, matrices).
+            start: lambdas, (tasks, places).
             tokens: of a batch, at most.
+            follow_own: own adapters are followed here, and not the answers.
         """
         rows = [blend.batches(each, tokens) for each in examples]
         blend.compose(start, [])
@@ -219,6 +251,13 @@ class Half:
             own.append(blend.nats(each))
         blend.compose(start)
         half = cls(rows, base, own, [blend.nats(each) for each in rows])
+        if follow_own:
+            half.apart = [np.zeros(len(each)) for each in rows]
+            for task, each in enumerate(rows):
+                for turn, batch in enumerate(each):
+                    target = blend.told(batch, task)
+                    blend.compose(start)
+                    half.apart[task][turn] = blend.apart(batch, target)
         half.scale = half.gain
         return half
 

@@ -64,6 +64,14 @@ def tune(
     method: Annotated[
         str, typer.Option("--method", help="gradient, or search: for few lambdas, where there are no gradients.")
     ] = "gradient",
+    follow: Annotated[
+        str,
+        typer.Option(
+            "--follow",
+            help="What lambdas are fitted to: answers of dev rows, or own, what each task's own adapter says on "
+            "training rows.",
+        ),
+    ] = "answers",
     slack: Annotated[
         float, typer.Option("--slack", min=0, help="Share of its gain that a task may lose for the others' sake.")
     ] = 0.01,
@@ -84,7 +92,7 @@ def tune(
     """Find the lambdas at which every task keeps most of its own gain, on dev rows. Starts at --weight, else at 1.
 
     Half of each task's dev rows (training rows, where a recipe holds none out) say where lambdas go, the other half
-    what is kept of it. Without --tasks: all tasks of the composition.
+    what is kept of it; with --follow own training rows say the first. Without --tasks: all tasks of the composition.
     """
     from .commands import quiet_libraries
     from .composing import tune_tasks
@@ -103,6 +111,7 @@ def tune(
         corrected,
         by=by,
         method=method,
+        follow=follow,
         rows=rows,
         steps=steps,
         slack=slack,

@@ -137,7 +137,7 @@ def tune_tasks(
             for task, values in heard.items():
                 _write_tuned(project.adapter(task), values, folder / task, found)
     else:
-        note = f"made by multisbora tune --by {found.by} --method {found.method}"
+        note = f"made by multisbora tune --by {found.by} --method {found.method} --follow {found.follow}"
         if found.ridge is not None:
             note += f" --corrected --ridge {found.ridge!r}, for multisbora merge --method corrected"
         with publish_file(output) as path:
@@ -154,7 +154,8 @@ def _write_tuned(trained: Path, values: Mapping[str, Any], output: Path, found: 
         record = {**read_json(output / TRAINING_FILE)}
     except (OSError, ValueError, TypeError):  # none, or another program's
         return
-    record["tuned"] = {"by": found.by, "tasks": list(found.tasks), "steps": found.steps, "ridge": found.ridge}
+    settings = {"by": found.by, "steps": found.steps, "follow": found.follow, "ridge": found.ridge}
+    record["tuned"] = {"tasks": list(found.tasks), **settings}
     (output / TRAINING_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

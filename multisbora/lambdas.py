@@ -137,7 +137,8 @@ def descend(space: Space, blend: Blend, half: Half, steps: int, slack: float, re
     """Walk down the slopes, and hand over points on the way: (step, lambdas).
 
     A step takes one batch of each task, in turn. What a batch has lost is told against the same batch's loss with its
-    task alone, which says more than a mean over others.
+    task alone, which says more than a mean over others. Where own adapters are followed, it is how far the composition
+    is apart from its task alone, which is 0 at best, and never less.
 
     A task's lambdas move together by their common slope, and apart from each other by what is left of it. How far apart
     is by Adam, whose measure is the matrix's own slope and, to half, the average one of the task: Adam alone would walk
@@ -148,14 +149,20 @@ def descend(space: Space, blend: Blend, half: Half, steps: int, slack: float, re
     together, offset = np.zeros((len(space.tasks), 1)), np.zeros(owned.shape)
     every = max(1, steps // POINTS)
     for step in tqdm(range(steps), desc="tuning", unit="step", leave=False, disable=None):
-        blend.compose(space.moved(together + offset))
+        lambdas = space.moved(together + offset)
         lost, allowed, slopes = np.zeros(len(owned)), np.zeros(len(owned)), []
         for task, rows in enumerate(half.batches):
             turn = step % len(rows)
-            nats, slope = blend.slopes(rows[turn])
+            target = blend.told(rows[turn], task) if half.apart else None
+            blend.compose(lambdas)
+            nats, slope = blend.slopes(rows[turn], target)
             share = half.scale[task] * rows[turn].tokens
-            lost[task] = (nats - half.own[task][turn]) / share
-            allowed[task] = (half.start[task][turn] - half.own[task][turn]) / share + slack
+            if target is None:
+                least, begun = half.own[task][turn], half.start[task][turn]
+            else:
+                least, begun = 0.0, half.apart[task][turn]
+            lost[task] = (nats - least) / share
+            allowed[task] = (begun - least) / share + slack
             slopes.append(slope / share)
         down = space.summed(np.tensordot(urgency(lost, allowed), np.array(slopes), 1))  # (tasks, groups)
         rate = RATE * (1 - step / steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,9 @@ def opening_loss(outputs: Any, batch: Batch) -> Tensor:
     return (nats / batch.places.reshape(-1).clamp(min=1)).sum()  # (tokens,), 0 where there is no label
 
 
-def probe(recipe: Recipe, tokenizer: Any, rows: int, say: Say, *, least: int = 1) -> list[Example]:
+def probe(
+    recipe: Recipe, tokenizer: Any, rows: int, say: Say, *, least: int = 1, learned: bool = False
+) -> list[Example]:
     """Examples of a task that are no test rows: its dev rows, which no adapter learned, or else training rows.
 
     The same rows each time, drawn with the recipe's `training.seed`; those of a smaller number are among those of a
@@ -61,6 +63,7 @@ def probe(recipe: Recipe, tokenizer: Any, rows: int, say: Say, *, least: int = 1
     Args:
         rows: how many at most.
         least: how many there must be.
+        learned: training rows, though there are dev rows.
 
     Raises:
         DataError: rows are missing or do not fit the recipe, most of them are cut, or too few are left.
@@ -69,16 +72,17 @@ def probe(recipe: Recipe, tokenizer: Any, rows: int, say: Say, *, least: int = 1
     dev = None if recipe.dev is None else [row for _, row in load_rows(recipe.dev)]
     test = _test_rows(recipe)
     parts = split(recipe, known, dev, test)
-    found = dict(parts.dev)
+    found = {} if learned else dict(parts.dev)
     if not found:
-        say(f"task {recipe.name} has no dev rows: training rows stand for them; set dev_size to hold some out")
+        if not learned:
+            say(f"task {recipe.name} has no dev rows: training rows stand for them; set dev_size to hold some out")
         tested = {_asked(recipe, row) for row in test}
         found = {number: row for number, row in parts.train.items() if _asked(recipe, row) not in tested}
         if not found:
             raise DataError(f"task {recipe.name}: all {len(known)} training rows are also test rows: name dev rows")
     order = sorted(found)
     random.Random(f"{recipe.training.seed} {recipe.name}").shuffle(order)
-    kind = "dev " if parts.dev else ""
+    kind: Literal["", "dev "] = "dev " if parts.dev and not learned else ""
     encoded = encode(
         recipe, {row: found[row] for row in order[:rows]}, tokenizer, recipe.training.cutoff, f"{kind}row".strip()
     )
@@ -86,7 +90,7 @@ def probe(recipe: Recipe, tokenizer: Any, rows: int, say: Say, *, least: int = 1
     if 2 * encoded.truncated <= len(encoded.examples):  # a few rows can have more by chance than the run that learned
         training = recipe.training.model_copy(update={"max_truncated": 0.5})
         allowed = recipe.model_copy(update={"training": training})
-    check_examples(encoded, allowed, say, "dev " if parts.dev else "")
+    check_examples(encoded, allowed, say, kind)
     if len(encoded.examples) < least:
         raise DataError(
             f"task {recipe.name} has {len(encoded.examples)} rows to look at, and this needs {least}: give more"

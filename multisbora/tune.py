@@ -8,6 +8,14 @@ Lambdas are the only parameters. Half of each task's rows says in which directio
 shares, with the worst task counted again for all of them, and tasks that do worse than allowed above everything. The
 other half judges the points on the way: no task may lose more of its gain than at the start, `slack` aside, and among
 the points that hold to this the one with the best worst retention is taken.
+
+Followed are the answers of the rows, or what each task's own adapter says in their place: knowledge distillation
+(Hinton et al. 2015), of the whole distribution at each answer token,
+
+    lost = KL(own || merged) / (base - own)
+
+which tells more of fewer tokens, has its least where the composition is the own adapter, and may look at the rows that
+this adapter learned.
 """
 
 from __future__ import annotations
@@ -43,6 +51,7 @@ from .train import TEMPLATE, changed_since
 from .weights import By, TaskWeight, Weight, check_by, resolve
 
 Method = Literal["gradient", "search"]
+Follow = Literal["answers", "own"]
 Say = Callable[[str], None]
 Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -108,6 +117,7 @@ class Tuned:
             what `adapter.rewrite` makes of these merges at 1.
         chosen: the point that was taken; None in a dry run.
         front: the judged points that no other one equals in all tasks and beats in one, the chosen one among them.
+        follow: see `tune`.
         ridge: of the corrected merge that they are for, or by channel that they were found from; None for a plain one.
         values: by channel, task -> matrix -> its values with all lambdas and its scaling in them, fp32, in the layout
             of the adapter's own: what `adapter.rewrite` makes an adapter of.
@@ -121,6 +131,7 @@ class Tuned:
     tasks: Mapping[str, TunedTask]
     chosen: Point | None = None
     front: tuple[Point, ...] = ()
+    follow: Follow = "answers"
     ridge: float | None = None
     values: Mapping[str, Mapping[str, np.ndarray]] | None = field(default=None, repr=False)
 
@@ -129,6 +140,7 @@ class Tuned:
             "by": self.by,
             "method": self.method,
             "steps": self.steps,
+            "follow": self.follow,
             "ridge": self.ridge,
             "lambdas": self.lambdas,
             "weights": {task: weight.to_json() for task, weight in self.weights.items()},
@@ -146,6 +158,7 @@ def tune(
     start: Mapping[str, Weight | TaskWeight] | None = None,
     by: By = "matrix",
     method: Method = "gradient",
+    follow: Follow = "answers",
     rows: int = 128,
     steps: int = 32,
     slack: float = 0.01,
@@ -178,6 +191,9 @@ def tune(
         start: lambdas to begin with, as `merge` takes them; 1 where none is given. 0 and negative ones are fine.
         by: what shares a lambda in a task: all of it, matrices of a kind, of a layer, or those of a matrix; or what it
             owns of one channel there.
+        follow: what says where lambdas go: "answers" of half of the rows, or "own", what each task's own adapter says.
+            Half of the rows are then training rows, which it may have learned, and the others dev rows; a task without
+            dev rows has both halves of its training rows.
         rows: of each task, both halves together.
         steps: of the gradient, or trials of the search.
         slack: share of its gain that a task may lose, against the start, for the good of the others; 0 lets none lose.
@@ -198,7 +214,7 @@ def tune(
         AdapterError, MergeError, CheckpointError: what could not be merged either.
         TrainingError: a loss that is not finite, or no gradient to be had.
     """
-    _check(by, method, rows, steps, slack, regular, seed)
+    _check(by, method, follow, rows, steps, slack, regular, seed)
     loaded = load(adapters)
     names = [adapter.task for adapter in loaded]
     weights = resolve(names, start)
@@ -224,27 +240,27 @@ def tune(
     halves: list[tuple[list[Example], list[Example]]] = []
     for adapter in loaded:
         _tell_recipe(adapter, known[adapter.task], say)
-        examples = probe(known[adapter.task], tokenizer, rows, say, least=2)
+        pair = _rows(known[adapter.task], tokenizer, rows, follow, say)
         remedy, loss = "lower training.cutoff of its recipe to {known}", "lambdas from its longest rows say little"
-        check_fit(config, examples, f"task {adapter.task}", remedy, loss, say)
-        halves.append(_halves(examples, adapter.task))
+        check_fit(config, [*pair[0], *pair[1]], f"task {adapter.task}", remedy, loss, say)
+        halves.append(pair)
     first, *others = (adapter.path for adapter in loaded)
     model, _ = load_model(first, base, others, base_view=base_view, say=say)
     if dry_run:
-        return Tuned(by, method, steps, space.size, weights, {}, ridge=ridge)
+        return Tuned(by, method, steps, space.size, weights, {}, follow=follow, ridge=ridge)
     if method == "gradient" and model.get_base_model().dtype == torch.float16:
         say("the base is float16, whose gradients vanish without loss scaling: lambdas are tuned in float32")
         widen(model)
     blend = Blend(model, space.modules, spreads, space.tasks, space.width)
-    learn = Half.measured(blend, [half for half, _ in halves], space.start, STEP_TOKENS)
+    followed = Half.measured(blend, [half for half, _ in halves], space.start, STEP_TOKENS, follow == "own")
     judge = Half.measured(blend, [half for _, half in halves], space.start, BATCH_TOKENS)
-    gains = _gains(names, learn, judge, say)
-    for half in (learn, judge):
+    gains = _gains(names, followed, judge, say)
+    for half in (followed, judge):
         half.scale = np.where(gains, half.gain, half.nll(half.base))
     if method == "gradient":
-        walk = descend(space, blend, learn, steps, slack, regular)
+        walk = descend(space, blend, followed, steps, slack, regular)
     else:
-        walk = search(space, blend, learn, steps, slack, seed)
+        walk = search(space, blend, followed, steps, slack, seed)
     found, nlls = [(0, space.start)], [judge.nll(judge.start)]
     for step, lambdas in walk:
         if not any(np.array_equal(lambdas, other) for _, other in found):
@@ -275,7 +291,7 @@ def tune(
     }
     front = tuple(point for place, point in enumerate(points) if _is_ahead(nlls[place], nlls))
     taken = points[chosen].weights or resolve(names, None)
-    return Tuned(by, method, steps, space.size, taken, tasks, points[chosen], front, ridge, values)
+    return Tuned(by, method, steps, space.size, taken, tasks, points[chosen], front, follow, ridge, values)
 
 
 def _alone(shares: Sequence[Share]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
@@ -376,10 +392,13 @@ def _gains(names: Sequence[str], learn: Half, judge: Half, say: Say) -> Flags:
 # ---------------------------------------------------------------------------------------------------------- checking
 
 
-def _check(by: str, method: str, rows: int, steps: int, slack: float, regular: float, seed: int) -> None:
+def _check(by: str, method: str, follow: str, rows: int, steps: int, slack: float, regular: float, seed: int) -> None:
     check_by(by)
-    if method not in get_args(Method):
-        raise UsageError(f"method {method!r} is unknown: use {' or '.join(get_args(Method))}")
+    for what, told, known in (("method", method, get_args(Method)), ("follow", follow, get_args(Follow))):
+        if told not in known:
+            raise UsageError(f"{what} {told!r} is unknown: use {' or '.join(known)}")
+    if method == "search" and follow == "own":
+        raise UsageError("a search follows the answers: use method gradient, or follow answers")
     for name, value, least in (("rows", rows, 2), ("steps", steps, 1), ("slack", slack, 0), ("regular", regular, 0)):
         if not least <= value < math.inf:
             raise UsageError(f"{name} must be at least {least} and finite, got {value}")
@@ -457,6 +476,18 @@ def _tell_recipe(adapter: Adapter, recipe: Recipe, say: Say) -> None:
             f"task {adapter.task}: {', '.join(odd)} of its recipe differ from those that it was trained with: it may "
             "have learned some of these rows, or know them in another form"
         )
+
+
+def _rows(recipe: Recipe, tokenizer: Any, rows: int, follow: Follow, say: Say) -> tuple[list[Example], list[Example]]:
+    """Examples to follow and examples to judge by.
+
+    Raises:
+        DataError: there are none, or not two prompts for two halves.
+    """
+    if follow == "own" and (recipe.dev is not None or recipe.dev_size is not None):
+        judged = rows // 2
+        return probe(recipe, tokenizer, rows - judged, say, learned=True), probe(recipe, tokenizer, judged, say)
+    return _halves(probe(recipe, tokenizer, rows, say, least=2), recipe.name)
 
 
 def _halves(examples: Sequence[Example], task: str) -> tuple[list[Example], list[Example]]:

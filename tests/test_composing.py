@@ -43,7 +43,7 @@ def test_tuned_by_channel_merged_proven_and_taken_out_again(trained: Path, run: 
     assert "by channel" in made.out and "`multisbora merge --adapters tuned`" in made.out
     assert sorted(path.name for path in Path("tuned").iterdir()) == ["adding", "doubling"]
     before, record = (json.loads((Path(of) / "adding/training.json").read_bytes()) for of in ("adapters", "tuned"))
-    tuned_by = {"by": "channel", "tasks": ["adding", "doubling"], "steps": 4, "ridge": None}
+    tuned_by = {"by": "channel", "tasks": ["adding", "doubling"], "steps": 4, "follow": "answers", "ridge": None}
     assert record == before | {"tuned": tuned_by}
     merged = run("merge", "--adapters", "tuned", "--output", "merged")
     assert merged.code == 0 and "`multisbora verify merged --adapters tuned`" in merged.out

@@ -45,7 +45,7 @@ class Bowls:
     def loss(self, task: int, lambdas: Array) -> float:
         return float((self.steep[task] * (lambdas - self.bottoms[task]) ** 2).sum())
 
-    def slopes(self, batch: Any) -> tuple[float, Array]:
+    def slopes(self, batch: Any, target: Any = None) -> tuple[float, Array]:
         slope = 2 * self.steep[batch.task] * (self.now - self.bottoms[batch.task])
         return self.loss(batch.task, self.now), slope + self.wobble * self.noise.normal(size=slope.shape)
 

@@ -41,6 +41,15 @@ def test_dev_rows_alone(project: Path, base: Path) -> None:
     refused(lambda: probe(recipe, tokenizer, 3, pytest.fail, least=4), DataError, "has 3 rows to look at", "needs 4")
 
 
+def test_rows_that_were_learned(project: Path, base: Path) -> None:
+    """Training rows though there are dev rows, which are not among them."""
+    recipe, tokenizer = load("adding", Path("tasks"), ["dev_size=4"]), load_tokenizer(base)
+    learned, dev = (probe(recipe, tokenizer, 100, pytest.fail, learned=which) for which in (True, False))
+    assert len(learned) == 8 and len(dev) == 4
+    assert not {tuple(x.input_ids) for x in learned} & {tuple(x.input_ids) for x in dev}
+    assert probe(recipe, tokenizer, 3, pytest.fail, learned=True) == learned[:3]
+
+
 @pytest.mark.parametrize("dev", [[], ["dev_size=4"]])
 def test_test_rows_that_lack_a_field_are_in_nobodys_way(project: Path, base: Path, dev: list[str]) -> None:
     """As in training, which says so."""

@@ -34,6 +34,7 @@ from multisbora.geometry import from_checkpoint
 from multisbora.lambdas import Space
 from multisbora.loading import load_base, load_model, load_tokenizer
 from multisbora.moments import Moments
+from multisbora.probe import probe
 from multisbora.recipe import Recipe
 from multisbora.stream import fingerprint
 from multisbora.trainer import answer_loss
@@ -466,6 +467,80 @@ def test_templates_may_differ(made: Made, tmp_path: Path) -> None:
     assert sum("differ" in line for line in said) == 1
 
 
+# --- own adapters followed -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["matrix", "channel"])
+def test_own_adapters_are_followed_on_rows_that_they_learned(made: Made, by: Any, monkeypatch: Any) -> None:
+    """And what is kept is judged by the answers of rows that they did not."""
+    looked: list[tuple[str, bool, list[list[int]]]] = []
+
+    def watched(recipe: Recipe, *args: Any, learned: bool = False, **settings: Any) -> Any:
+        examples = probe(recipe, *args, learned=learned, **settings)
+        looked.append((recipe.name, learned, [example.input_ids for example in examples]))
+        return examples
+
+    monkeypatch.setattr(tuning, "probe", watched)
+    found = made.tuned(follow="own", by=by, rows=20, slack=0.05)
+    assert [(name, learned, len(rows)) for name, learned, rows in looked] == [
+        (task, learned, 10) for task in TASKS for learned in (True, False)
+    ]
+    for learned, judged in zip(looked[::2], looked[1::2], strict=True):
+        assert not any(row in learned[2] for row in judged[2])
+    assert {(task.learned, task.rows) for task in found.tasks.values()} == {(10, 10)}
+    assert found.chosen is not None and found.chosen.step > 0
+    assert min(kept(found, "after")) > min(kept(found, "before")) + 0.1
+    assert found.to_json()["follow"] == "own"
+
+
+def test_without_dev_rows_own_adapters_are_followed_on_half_of_the_others(made: Made) -> None:
+    recipes = [Recipe.model_validate({**r.model_dump(mode="json"), "dev": None}) for r in made.recipes]
+    said: list[str] = []
+    found = made._replace(recipes=recipes).tuned(follow="own", steps=1, say=said.append)
+    assert {(task.learned, task.rows) for task in found.tasks.values()} == {(8, 8)}
+    assert sum("training rows stand for them" in line for line in said) == 2
+
+
+@pytest.mark.parametrize("width", [1, 8])
+def test_how_far_a_composition_is_from_an_own_adapter_and_its_slopes(made: Made, width: int) -> None:
+    """Kullback-Leibler divergence of the whole distributions, against what torch says of them, and its differences."""
+    model, _ = load_model(made.adapters[0], made.base, made.adapters[1:])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    modules = [name for name, _ in model.base_model.named_layers()]
+    spreads = None
+    if width > 1:
+        spreads = {
+            name: {
+                task: {task: layer.sbora_values[own].detach().float().numpy() * layer.scaling[own]}
+                for task, own in zip(TASKS, model.peft_config, strict=True)
+            }
+            for name, layer in model.base_model.named_layers()
+        }
+    blend = Blend(model, modules, spreads, list(TASKS), width)
+    (batch,) = blend.batches(judged(made, made.recipes[0], load_tokenizer(made.base)), 2048)
+    lambdas = np.random.default_rng(0).uniform(0.2, 1.0, (2, len(modules) * width))
+    target = blend.told(batch, 0)
+    assert target.shape[0] == batch.tokens and torch.allclose(target.exp().sum(1), torch.ones(batch.tokens))
+    assert blend.apart(batch, target) == pytest.approx(0, abs=1e-5)  # the own adapter is composed
+    blend.compose(lambdas)
+    with torch.no_grad():
+        logits = model(**batch.inputs).logits[0][batch.labels[0] != -100]
+    divergence = torch.distributions.kl_divergence(
+        *(torch.distributions.Categorical(logits=x) for x in (target, logits))
+    )
+    assert blend.apart(batch, target) == pytest.approx(float(divergence.sum()), rel=1e-4)
+    apart, slopes = blend.slopes(batch, target)
+    assert apart == pytest.approx(float(divergence.sum()), rel=1e-4)
+    way = slopes + np.random.default_rng(1).normal(size=lambdas.shape) * slopes.std()
+    way /= np.linalg.norm(way)
+    ends = []
+    for step in (1e-2, -1e-2):
+        blend.compose(lambdas + step * way)
+        ends.append(blend.apart(batch, target))
+    assert (slopes * way).sum() == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=1e-2)
+
+
 # --- what cannot be tuned ------------------------------------------------------------------------------------------
 
 
@@ -522,6 +597,8 @@ def test_adapters_that_could_not_be_merged(made: Made, tmp_path: Path) -> None:
     [
         ({"by": "matrices"}, ["by 'matrices' is unknown", "task, kind, layer, matrix"]),
         ({"method": "luck"}, ["method 'luck' is unknown", "gradient or search"]),
+        ({"follow": "me"}, ["follow 'me' is unknown", "answers or own"]),
+        ({"follow": "own", "method": "search"}, ["a search follows the answers", "gradient"]),
         ({"rows": 1}, ["rows must be at least 2"]),
         ({"steps": 0}, ["steps must be at least 1"]),
         ({"slack": -0.1}, ["slack must be at least 0"]),
@@ -570,11 +647,11 @@ def test_a_loss_that_is_not_finite(made: Made, tmp_path: Path) -> None:
 
 
 def test_a_model_that_gives_no_gradient(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Blend, "_loss", lambda self, batch: torch.zeros((), requires_grad=True) * 1.0)
+    monkeypatch.setattr(Blend, "_loss", lambda self, batch, target: torch.zeros((), requires_grad=True) * 1.0)
     model, _ = load_model(made.adapters[0], made.base, made.adapters[1:])
     blend = Blend(model, [name for name, _ in model.base_model.named_layers()])
     refused(lambda: blend.slopes(None), TrainingError, "does not reach its layers", "--method search")  # type: ignore[arg-type]
-    monkeypatch.setattr(Blend, "_loss", lambda self, batch: torch.zeros(()))
+    monkeypatch.setattr(Blend, "_loss", lambda self, batch, target: torch.zeros(()))
     refused(lambda: blend.slopes(None), TrainingError, "gives no gradient", "--method search")  # type: ignore[arg-type]
 
 
