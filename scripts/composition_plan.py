@@ -54,7 +54,10 @@ ONE, BY_TASK, BY_MATRIX, GRID = "lambda 1", "tuned by task", "tuned by matrix", 
 CORRECTED, CORRECTED_TUNED = "corrected", "corrected, tuned by matrix"
 BY_CHANNEL, CORRECTED_CHANNEL = "tuned by channel", "corrected, tuned by channel"
 TUNINGS = {BY_TASK: "task", BY_MATRIX: "matrix", CORRECTED_TUNED: "matrix"}
-BEFORE = {BY_CHANNEL: BY_MATRIX, CORRECTED_CHANNEL: CORRECTED_TUNED}  # lambdas by matrix, where those by channel start
+# With as many rows and steps as two tasks have, however many there are; and the same, after own adapters.
+MORE_CHANNEL, OWN_CHANNEL = (f"{CORRECTED_CHANNEL}, {what}" for what in ("more rows", "follow own"))
+CHANNELS = {CORRECTED_CHANNEL: CORRECTED_TUNED, MORE_CHANNEL: CORRECTED_TUNED, OWN_CHANNEL: CORRECTED_TUNED}
+BEFORE = {BY_CHANNEL: BY_MATRIX} | CHANNELS  # lambdas by matrix, where those by channel start
 # One lambda for all that needs no rows, by how many tasks there are.
 ROOT, MEAN = "lambda 1/sqrt(tasks)", "lambda 1/tasks"
 EVEN: Mapping[str, Callable[[int], float]] = {ONE: lambda n: 1.0, ROOT: lambda n: n**-0.5, MEAN: lambda n: 1 / n}
@@ -105,11 +108,11 @@ AGAIN: tuple[Wave, ...] = (
     (FA, (BY_MATRIX,)),
 )
 MANY: tuple[Wave, ...] = (
-    (FA_BOTH, (ONE, *SOLVED, CORRECTED_CHANNEL, MEAN)),
+    (FA_BOTH, (ONE, *SOLVED, CORRECTED_CHANNEL, MORE_CHANNEL, MEAN)),
     (JOINT, (ONE,)),
     (LORA, (SUMS[0], *OTHERS)),
     (FA, (ONE, CORRECTED, MEAN)),
-    (FA_BOTH, (BY_MATRIX, BY_CHANNEL)),
+    (FA_BOTH, (BY_MATRIX, OWN_CHANNEL, BY_CHANNEL)),
     (LORA, SUMS[1:]),
     (OVERLAP, (ONE, GRID)),
     (FA_BOTH, (BY_TASK, ROOT)),
@@ -125,7 +128,7 @@ HEADLINES = {2: (FA_BOTH, BY_MATRIX), 8: (FA_BOTH, CORRECTED_CHANNEL)}  # what t
 FEW: tuple[Wave, ...] = (
     (FA, (ONE, BY_TASK, GRID)),
     (LORA, (*SUMS, "svd", f"svd {GRID}", "ties")),
-    (FA_BOTH, (BY_MATRIX, *SOLVED, BY_CHANNEL, CORRECTED_CHANNEL)),
+    (FA_BOTH, (BY_MATRIX, *SOLVED, BY_CHANNEL, CORRECTED_CHANNEL, OWN_CHANNEL)),
     (JOINT, (ONE,)),
     (OVERLAP, (GRID,)),
     (FB_BOTH, (ONE, CORRECTED)),
@@ -352,7 +355,10 @@ class Plan:
             assert before is not None
             # Many lambdas want many rows, and eight tasks have few each.
             spec = {"tasks": tasks, "by": "channel", "rows": min(2 * rows, self.setup.tuned), "steps": steps}
-            spec |= {"corrected": True} if cell.how == CORRECTED_CHANNEL else {}
+            if cell.how in (MORE_CHANNEL, OWN_CHANNEL):
+                spec |= {"rows": self.setup.tuned, "steps": self.setup.tune_steps}
+            spec |= {"corrected": True} if cell.how in CHANNELS else {}
+            spec |= {"follow": "own"} if cell.how == OWN_CHANNEL else {}
             return Run("tune", f"{name} {cell.how}", spec, (*before.needs, before))
         if cell.how in TUNINGS:
             spec = {"tasks": tasks, "by": TUNINGS[cell.how], "rows": rows, "steps": steps}
