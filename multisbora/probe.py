@@ -79,7 +79,8 @@ def probe(
         tested = {_asked(recipe, row) for row in test}
         found = {number: row for number, row in parts.train.items() if _asked(recipe, row) not in tested}
         if not found:
-            raise DataError(f"task {recipe.name}: all {len(known)} training rows are also test rows: name dev rows")
+            remedy = "give others" if learned else "name dev rows"
+            raise DataError(f"task {recipe.name}: all {len(known)} training rows are also test rows: {remedy}")
     order = sorted(found)
     random.Random(f"{recipe.training.seed} {recipe.name}").shuffle(order)
     kind: Literal["", "dev "] = "dev " if parts.dev and not learned else ""

@@ -56,7 +56,7 @@ BY_CHANNEL, CORRECTED_CHANNEL = "tuned by channel", "corrected, tuned by channel
 TUNINGS = {BY_TASK: "task", BY_MATRIX: "matrix", CORRECTED_TUNED: "matrix"}
 # With as many rows and steps as two tasks have, however many there are; and the same, after own adapters.
 MORE_CHANNEL, OWN_CHANNEL = (f"{CORRECTED_CHANNEL}, {what}" for what in ("more rows", "follow own"))
-CHANNELS = {CORRECTED_CHANNEL: CORRECTED_TUNED, MORE_CHANNEL: CORRECTED_TUNED, OWN_CHANNEL: CORRECTED_TUNED}
+CHANNELS = dict.fromkeys((CORRECTED_CHANNEL, MORE_CHANNEL, OWN_CHANNEL), CORRECTED_TUNED)
 BEFORE = {BY_CHANNEL: BY_MATRIX} | CHANNELS  # lambdas by matrix, where those by channel start
 # One lambda for all that needs no rows, by how many tasks there are.
 ROOT, MEAN = "lambda 1/sqrt(tasks)", "lambda 1/tasks"

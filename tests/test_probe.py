@@ -50,6 +50,18 @@ def test_rows_that_were_learned(project: Path, base: Path) -> None:
     assert probe(recipe, tokenizer, 3, pytest.fail, learned=True) == learned[:3]
 
 
+def test_learned_rows_that_are_all_test_rows(project: Path, base: Path) -> None:
+    """Other rows are asked for, and no dev rows, which there are."""
+    train = Path("data/adding-train.jsonl").read_text()
+    Path("data/dev.jsonl").write_text(train.replace('"instruction": "', '"instruction": "Now '))
+    Path("data/adding-test.jsonl").write_text(train)
+    recipe, tokenizer = load("adding", Path("tasks"), ["dev=data/dev.jsonl"]), load_tokenizer(base)
+    assert len(probe(recipe, tokenizer, 100, pytest.fail)) == 12
+    refused(
+        lambda: probe(recipe, tokenizer, 100, pytest.fail, learned=True), DataError, "are also test rows: give others"
+    )
+
+
 @pytest.mark.parametrize("dev", [[], ["dev_size=4"]])
 def test_test_rows_that_lack_a_field_are_in_nobodys_way(project: Path, base: Path, dev: list[str]) -> None:
     """As in training, which says so."""
