@@ -68,8 +68,8 @@ def tune(
         str,
         typer.Option(
             "--follow",
-            help="What lambdas are fitted to: answers of dev rows, or own, what each task's own adapter says on "
-            "training rows.",
+            help="What lambdas are fitted to: answers of dev rows; own, what each task's own adapter says on training "
+            "rows; or both in turn.",
         ),
     ] = "answers",
     slack: Annotated[
@@ -92,7 +92,8 @@ def tune(
     """Find the lambdas at which every task keeps most of its own gain, on dev rows. Starts at --weight, else at 1.
 
     Half of each task's dev rows (training rows, where a recipe holds none out) say where lambdas go, the other half
-    what is kept of it; with --follow own training rows say the first. Without --tasks: all tasks of the composition.
+    what is kept of it; with --follow own training rows say the first, with both training rows too. Without --tasks:
+    all tasks of the composition.
     """
     from .commands import quiet_libraries
     from .composing import tune_tasks

@@ -10,7 +10,7 @@ for T tasks: the mean, the worst task, and a fence that nobody is pushed over fo
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,12 +133,12 @@ def urgency(lost: Array, allowed: Array) -> Array:
     return found
 
 
-def descend(space: Space, blend: Blend, half: Half, steps: int, slack: float, regular: float) -> Walk:
+def descend(space: Space, blend: Blend, halves: Sequence[Half], steps: int, slack: float, regular: float) -> Walk:
     """Walk down the slopes, and hand over points on the way: (step, lambdas).
 
-    A step takes one batch of each task, in turn. What a batch has lost is told against the same batch's loss with its
-    task alone, which says more than a mean over others. Where own adapters are followed, it is how far the composition
-    is apart from its task alone, which is 0 at best, and never less.
+    A step takes one batch of each task, in turn, of one of the halves, in turn too. What a batch has lost is told
+    against the same batch's loss with its task alone, which says more than a mean over others. Where own adapters are
+    followed, it is how far the composition is apart from its task alone, which is 0 at best, and never less.
 
     A task's lambdas move together by their common slope, and apart from each other by what is left of it. How far apart
     is by Adam, whose measure is the matrix's own slope and, to half, the average one of the task: Adam alone would walk
@@ -151,8 +151,9 @@ def descend(space: Space, blend: Blend, half: Half, steps: int, slack: float, re
     for step in tqdm(range(steps), desc="tuning", unit="step", leave=False, disable=None):
         lambdas = space.moved(together + offset)
         lost, allowed, slopes = np.zeros(len(owned)), np.zeros(len(owned)), []
+        half = halves[step % len(halves)]
         for task, rows in enumerate(half.batches):
-            turn = step % len(rows)
+            turn = step // len(halves) % len(rows)
             target = blend.told(rows[turn], task) if half.apart else None
             blend.compose(lambdas)
             nats, slope = blend.slopes(rows[turn], target)

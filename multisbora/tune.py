@@ -15,7 +15,7 @@ Followed are the answers of the rows, or what each task's own adapter says in th
     lost = KL(own || merged) / (base - own)
 
 which tells more of fewer tokens, has its least where the composition is the own adapter, and may look at the rows that
-this adapter learned.
+this adapter learned. Or both in turn, step by step: answers of dev rows, and own adapters on training rows.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -51,7 +52,7 @@ from .train import TEMPLATE, changed_since
 from .weights import By, TaskWeight, Weight, check_by, resolve
 
 Method = Literal["gradient", "search"]
-Follow = Literal["answers", "own"]
+Follow = Literal["answers", "own", "both"]
 Say = Callable[[str], None]
 Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -191,10 +192,11 @@ def tune(
         start: lambdas to begin with, as `merge` takes them; 1 where none is given. 0 and negative ones are fine.
         by: what shares a lambda in a task: all of it, matrices of a kind, of a layer, or those of a matrix; or what it
             owns of one channel there.
-        follow: what says where lambdas go: "answers" of half of the rows, or "own", what each task's own adapter says.
-            Half of the rows are then training rows, which it may have learned, and the others dev rows; a task without
-            dev rows has both halves of its training rows.
-        rows: of each task, both halves together.
+        follow: what says where lambdas go: "answers" of half of the rows; "own", what each task's own adapter says, on
+            training rows, which it may have learned, in place of that half; or "both" in turn, the answers of half of
+            the rows and own adapters on as many training rows more. Of a task without dev rows, training rows make
+            both halves.
+        rows: of each task, those that judge and those that are followed, but for the training rows of "both".
         steps: of the gradient, or trials of the search.
         slack: share of its gain that a task may lose, against the start, for the good of the others; 0 lets none lose.
         regular: how strongly a task's lambdas are pulled towards their mean (or to the pattern of the start, moved by
@@ -237,13 +239,14 @@ def tune(
         if space.size > steps:
             raise UsageError(f"a search of {steps} steps cannot find {space.size} lambdas: raise steps, or use fewer")
     tokenizer, config = load_tokenizer(Path(base)), load_config(Path(base))
-    halves: list[tuple[list[Example], list[Example]]] = []
+    ways = ("answers", "own") if follow == "both" else (follow,)
+    parts: list[tuple[list[Example], ...]] = []  # of each task: by way what is followed, and what judges
     for adapter in loaded:
         _tell_recipe(adapter, known[adapter.task], say)
-        pair = _rows(known[adapter.task], tokenizer, rows, follow, say)
+        part = _rows(known[adapter.task], tokenizer, rows, follow, say)
         remedy, loss = "lower training.cutoff of its recipe to {known}", "lambdas from its longest rows say little"
-        check_fit(config, [*pair[0], *pair[1]], f"task {adapter.task}", remedy, loss, say)
-        halves.append(pair)
+        check_fit(config, [*chain(*part)], f"task {adapter.task}", remedy, loss, say)
+        parts.append(part)
     first, *others = (adapter.path for adapter in loaded)
     model, _ = load_model(first, base, others, base_view=base_view, say=say)
     if dry_run:
@@ -252,15 +255,19 @@ def tune(
         say("the base is float16, whose gradients vanish without loss scaling: lambdas are tuned in float32")
         widen(model)
     blend = Blend(model, space.modules, spreads, space.tasks, space.width)
-    followed = Half.measured(blend, [half for half, _ in halves], space.start, STEP_TOKENS, follow == "own")
-    judge = Half.measured(blend, [half for _, half in halves], space.start, BATCH_TOKENS)
-    gains = _gains(names, followed, judge, say)
-    for half in (followed, judge):
+    *learned, judged = zip(*parts, strict=True)
+    followed = [
+        Half.measured(blend, part, space.start, STEP_TOKENS, way == "own")
+        for way, part in zip(ways, learned, strict=True)
+    ]
+    judge = Half.measured(blend, judged, space.start, BATCH_TOKENS)
+    gains = _gains(names, [*followed, judge], say)
+    for half in (*followed, judge):
         half.scale = np.where(gains, half.gain, half.nll(half.base))
     if method == "gradient":
         walk = descend(space, blend, followed, steps, slack, regular)
     else:
-        walk = search(space, blend, followed, steps, slack, seed)
+        walk = search(space, blend, followed[0], steps, slack, seed)
     found, nlls = [(0, space.start)], [judge.nll(judge.start)]
     for step, lambdas in walk:
         if not any(np.array_equal(lambdas, other) for _, other in found):
@@ -278,8 +285,8 @@ def tune(
         values = dict(zip(names, blend.values(found[chosen][1]), strict=True))
     tasks = {
         name: TunedTask(
-            rows=len(halves[task][1]),
-            learned=len(halves[task][0]),
+            rows=len(judged[task]),
+            learned=len({id(example) for part in learned for example in part[task]}),
             base=float(judge.nll(judge.base)[task]),
             own=float(judge.nll(judge.own)[task]),
             before=points[0].nll[name],
@@ -357,15 +364,15 @@ def _is_ahead(nll: Array, others: Sequence[Array]) -> bool:
     return not any((other <= nll).all() and (other < nll).any() for other in others)
 
 
-def _gains(names: Sequence[str], learn: Half, judge: Half, say: Say) -> Flags:
-    """Which tasks gain anything by their own adapter that could be kept, on both halves of their rows.
+def _gains(names: Sequence[str], halves: Sequence[Half], say: Say) -> Flags:
+    """Which tasks gain anything by their own adapter that could be kept, on each part of their rows.
 
     Raises:
         DataError: none of them.
         TrainingError: a loss is not finite.
     """
     gains = np.ones(len(names), bool)
-    for half in (learn, judge):
+    for half in halves:
         for what, nats in (("the base", half.base), ("its own adapter", half.own), ("all tasks", half.start)):
             for name, nll in zip(names, half.nll(nats), strict=True):
                 if not np.isfinite(nll):
@@ -374,12 +381,12 @@ def _gains(names: Sequence[str], learn: Half, judge: Half, say: Say) -> Flags:
                         + (", or a lambda far too large?" if nats is half.start else "?")
                     )
         gains &= half.gain > LEAST_GAIN * half.nll(half.base)
-    losses = [(half.nll(half.base), half.nll(half.own)) for half in (learn, judge)]
+    losses = [(half.nll(half.base), half.nll(half.own)) for half in halves]
     for task in np.flatnonzero(~gains).tolist():
         told = " and ".join(f"{own[task]:.4f} after {base[task]:.4f}" for base, own in losses)
         say(
-            f"task {names[task]}: its own adapter gains nothing to speak of ({told} nats a token on the two halves of "
-            "its rows): it has no retention, and is only kept from doing worse"
+            f"task {names[task]}: its own adapter gains nothing to speak of ({told} nats a token on what is followed "
+            "and what judges): it has no retention, and is only kept from doing worse"
         )
     if not gains.any():
         raise DataError(
@@ -397,7 +404,7 @@ def _check(by: str, method: str, follow: str, rows: int, steps: int, slack: floa
     for what, told, known in (("method", method, get_args(Method)), ("follow", follow, get_args(Follow))):
         if told not in known:
             raise UsageError(f"{what} {told!r} is unknown: use {' or '.join(known)}")
-    if method == "search" and follow == "own":
+    if method == "search" and follow != "answers":
         raise UsageError("a search follows the answers: use method gradient, or follow answers")
     for name, value, least in (("rows", rows, 2), ("steps", steps, 1), ("slack", slack, 0), ("regular", regular, 0)):
         if not least <= value < math.inf:
@@ -478,16 +485,18 @@ def _tell_recipe(adapter: Adapter, recipe: Recipe, say: Say) -> None:
         )
 
 
-def _rows(recipe: Recipe, tokenizer: Any, rows: int, follow: Follow, say: Say) -> tuple[list[Example], list[Example]]:
-    """Examples to follow and examples to judge by.
+def _rows(recipe: Recipe, tokenizer: Any, rows: int, follow: Follow, say: Say) -> tuple[list[Example], ...]:
+    """Examples to follow, of each way to do so, and last examples to judge by.
 
     Raises:
         DataError: there are none, or not two prompts for two halves.
     """
-    if follow == "own" and (recipe.dev is not None or recipe.dev_size is not None):
-        judged = rows // 2
-        return probe(recipe, tokenizer, rows - judged, say, learned=True), probe(recipe, tokenizer, judged, say)
-    return _halves(probe(recipe, tokenizer, rows, say, least=2), recipe.name)
+    held_out = recipe.dev is not None or recipe.dev_size is not None
+    own = probe(recipe, tokenizer, rows - rows // 2, say, learned=True) if held_out and follow != "answers" else []
+    if held_out and follow == "own":
+        return own, probe(recipe, tokenizer, rows // 2, say)
+    learn, judge = _halves(probe(recipe, tokenizer, rows, say, least=2), recipe.name)
+    return (learn, own or learn, judge) if follow == "both" else (learn, judge)
 
 
 def _halves(examples: Sequence[Example], task: str) -> tuple[list[Example], list[Example]]:

@@ -54,9 +54,11 @@ ONE, BY_TASK, BY_MATRIX, GRID = "lambda 1", "tuned by task", "tuned by matrix", 
 CORRECTED, CORRECTED_TUNED = "corrected", "corrected, tuned by matrix"
 BY_CHANNEL, CORRECTED_CHANNEL = "tuned by channel", "corrected, tuned by channel"
 TUNINGS = {BY_TASK: "task", BY_MATRIX: "matrix", CORRECTED_TUNED: "matrix"}
-# With as many rows and steps as two tasks have, however many there are; and the same, after own adapters.
-MORE_CHANNEL, OWN_CHANNEL = (f"{CORRECTED_CHANNEL}, {what}" for what in ("more rows", "follow own"))
-CHANNELS = dict.fromkeys((CORRECTED_CHANNEL, MORE_CHANNEL, OWN_CHANNEL), CORRECTED_TUNED)
+# With as many rows and steps as two tasks have, however many there are; and the same, after own adapters or both.
+MORE_CHANNEL = f"{CORRECTED_CHANNEL}, more rows"
+FOLLOWS = {f"{CORRECTED_CHANNEL}, follow {what}": what for what in ("own", "both")}
+OWN_CHANNEL, BOTH_CHANNEL = FOLLOWS
+CHANNELS = dict.fromkeys((CORRECTED_CHANNEL, MORE_CHANNEL, *FOLLOWS), CORRECTED_TUNED)
 BEFORE = {BY_CHANNEL: BY_MATRIX} | CHANNELS  # lambdas by matrix, where those by channel start
 # One lambda for all that needs no rows, by how many tasks there are.
 ROOT, MEAN = "lambda 1/sqrt(tasks)", "lambda 1/tasks"
@@ -112,7 +114,7 @@ MANY: tuple[Wave, ...] = (
     (JOINT, (ONE,)),
     (LORA, (SUMS[0], *OTHERS)),
     (FA, (ONE, CORRECTED, MEAN)),
-    (FA_BOTH, (BY_MATRIX, OWN_CHANNEL, BY_CHANNEL)),
+    (FA_BOTH, (BY_MATRIX, OWN_CHANNEL, BOTH_CHANNEL, BY_CHANNEL)),
     (LORA, SUMS[1:]),
     (OVERLAP, (ONE, GRID)),
     (FA_BOTH, (BY_TASK, ROOT)),
@@ -355,10 +357,10 @@ class Plan:
             assert before is not None
             # Many lambdas want many rows, and eight tasks have few each.
             spec = {"tasks": tasks, "by": "channel", "rows": min(2 * rows, self.setup.tuned), "steps": steps}
-            if cell.how in (MORE_CHANNEL, OWN_CHANNEL):
+            if cell.how in CHANNELS and cell.how != CORRECTED_CHANNEL:
                 spec |= {"rows": self.setup.tuned, "steps": self.setup.tune_steps}
             spec |= {"corrected": True} if cell.how in CHANNELS else {}
-            spec |= {"follow": "own"} if cell.how == OWN_CHANNEL else {}
+            spec |= {"follow": FOLLOWS[cell.how]} if cell.how in FOLLOWS else {}
             return Run("tune", f"{name} {cell.how}", spec, (*before.needs, before))
         if cell.how in TUNINGS:
             spec = {"tasks": tasks, "by": TUNINGS[cell.how], "rows": rows, "steps": steps}

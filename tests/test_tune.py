@@ -34,7 +34,7 @@ from multisbora.geometry import from_checkpoint
 from multisbora.lambdas import Space
 from multisbora.loading import load_base, load_model, load_tokenizer
 from multisbora.moments import Moments
-from multisbora.probe import probe
+from multisbora.probe import Batch, probe
 from multisbora.recipe import Recipe
 from multisbora.stream import fingerprint
 from multisbora.trainer import answer_loss
@@ -493,10 +493,30 @@ def test_own_adapters_are_followed_on_rows_that_they_learned(made: Made, by: Any
     assert found.to_json()["follow"] == "own"
 
 
-def test_without_dev_rows_own_adapters_are_followed_on_half_of_the_others(made: Made) -> None:
+def test_both_are_followed_in_turn(made: Made, monkeypatch: Any) -> None:
+    """Answers of half of the dev rows, and own adapters on training rows: no row of these judges."""
+    taken: list[tuple[bool, list[int]]] = []
+
+    class Watched(Blend):
+        def slopes(self, batch: Batch, target: torch.Tensor | None = None) -> Any:
+            taken.append((target is not None, batch.labels[batch.labels != -100].tolist()))
+            return super().slopes(batch, target)
+
+    monkeypatch.setattr(tuning, "Blend", Watched)
+    monkeypatch.setattr(tuning, "STEP_TOKENS", 64)  # several batches of each task
+    found = made.tuned(follow="both", rows=16, steps=8, slack=0.05)
+    assert [own for own, _ in taken] == [False, False, True, True] * 4
+    assert len({str(labels) for own, labels in taken if own}) == len({str(labels) for own, labels in taken}) / 2 > 2
+    assert {(task.learned, task.rows) for task in found.tasks.values()} == {(16, 8)}
+    assert found.chosen is not None and found.chosen.step > 0
+    assert min(kept(found, "after")) > min(kept(found, "before")) + 0.02
+
+
+@pytest.mark.parametrize("follow", ["own", "both"])
+def test_without_dev_rows_own_adapters_are_followed_on_half_of_the_others(made: Made, follow: Any) -> None:
     recipes = [Recipe.model_validate({**r.model_dump(mode="json"), "dev": None}) for r in made.recipes]
     said: list[str] = []
-    found = made._replace(recipes=recipes).tuned(follow="own", steps=1, say=said.append)
+    found = made._replace(recipes=recipes).tuned(follow=follow, steps=2, say=said.append)
     assert {(task.learned, task.rows) for task in found.tasks.values()} == {(8, 8)}
     assert sum("training rows stand for them" in line for line in said) == 2
 
@@ -597,7 +617,8 @@ def test_adapters_that_could_not_be_merged(made: Made, tmp_path: Path) -> None:
     [
         ({"by": "matrices"}, ["by 'matrices' is unknown", "task, kind, layer, matrix"]),
         ({"method": "luck"}, ["method 'luck' is unknown", "gradient or search"]),
-        ({"follow": "me"}, ["follow 'me' is unknown", "answers or own"]),
+        ({"follow": "me"}, ["follow 'me' is unknown", "own or both"]),
+        ({"follow": "both", "method": "search"}, ["a search follows the answers", "gradient"]),
         ({"follow": "own", "method": "search"}, ["a search follows the answers", "gradient"]),
         ({"rows": 1}, ["rows must be at least 2"]),
         ({"steps": 0}, ["steps must be at least 1"]),
