@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from .view import Quantization
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+TRAINING_FILE = "training.json"  # beside an adapter that `train` made: how it did
 _PREFIX = "base_model.model."
 _VALUES, _INDICES = ".sbora_values", ".sbora_indices"
 _MAX_RANK = 1 << 20  # the longest axis of a matrix, an embedding's, has a quarter of it
@@ -159,6 +161,13 @@ class Adapter:
                 )
             matrices[name] = matrix
         return matrices
+
+
+def is_corrected(folder: Path) -> bool:
+    """Whether an adapter has the values of a corrected merge, from `tune --by channel`, as far as its folder tells."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return read_json(folder / TRAINING_FILE)["tuned"]["ridge"] is not None
+    return False
 
 
 def rewrite(folder: Path, values: Mapping[str, np.ndarray], output: Path, leave: str) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter import Adapter
+from .adapter import TRAINING_FILE, Adapter
 from .allocator import DEFAULT_TARGETS, allocate, matrix_ranks
 from .distributed import is_first
 from .errors import AdapterError, AllocationError, CheckpointError, DataError, RegistryError, UsageError
@@ -328,7 +328,7 @@ def _done(output: Path, claims: TaskClaims) -> TrainResult | None:
     # A launcher's other processes may look when the first one has told the registry already.
     if claims.stage != "training" and (is_first() or claims.stage != "trained"):
         return None
-    from .train import TRAINING_FILE, TrainResult
+    from .train import TrainResult
 
     try:
         if Adapter.read(output).claim_digest != claims.digest:

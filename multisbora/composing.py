@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .adapter import rewrite
+from .adapter import TRAINING_FILE, rewrite
 from .deployed import moments_of
 from .errors import AdapterError, UsageError
 from .journal import reading
@@ -147,8 +147,6 @@ def tune_tasks(
 
 def _write_tuned(trained: Path, values: Mapping[str, Any], output: Path, found: Tuned) -> None:
     """Write an adapter with tuned values; what trained it says that, too, where there is such a record."""
-    from .train import TRAINING_FILE
-
     rewrite(trained, values, output, leave=MOMENTS_FILE)  # moments are of what was trained
     try:
         record = {**read_json(output / TRAINING_FILE)}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter import Adapter
+from .adapter import Adapter, is_corrected
 from .commands import tell
 from .errors import AdapterError, CheckpointError, UsageError, VerificationError
 from .journal import reading
@@ -154,7 +154,15 @@ def moments_of(
     Args:
         folders: task -> its adapter.
         sources: task -> the source that its moments must have, see `moments.Moments`, where not any will do.
+
+    Raises:
+        UsageError: an adapter is corrected already.
     """
+    if corrected := [str(folder) for folder in folders.values() if is_corrected(folder)]:
+        raise UsageError(
+            f"{corrected[0]} has corrected values, for which `tune --by channel` solved: correct them no second time, "
+            "or give the adapters that were trained"
+        )
     found: dict[str, Moments] = {}
     for task, folder in folders.items():
         moments = read_beside(folder) if sources.get(task, "adapter") == "adapter" else None

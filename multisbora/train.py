@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.training_args import OptimizerNames
 
-from .adapter import WEIGHTS_FILE
+from .adapter import TRAINING_FILE, WEIGHTS_FILE
 from .attention import use_flash_attention, use_packed_attention
 from .dataset import Encoded, Example, Row, check_examples, check_fit, encode, load_rows, overlap, packs, split
 from .distributed import Processes, hush
@@ -37,7 +37,6 @@ from .trainer import TaskTrainer, checkpoint_files
 from .tuner import SboraConfig
 from .untrusted import read_json
 
-TRAINING_FILE = "training.json"
 TEMPLATE = ("prompt", "target")  # what of a recipe makes words of a row
 # The schedules that need nothing but the warm-up and the number of steps, which is all that a recipe says of them.
 _SCHEDULES = (

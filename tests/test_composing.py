@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from builders import edit_json
 from commands import Run, assert_refused
 
 from multisbora.deployed import merge_tasks
@@ -58,6 +59,9 @@ def test_tuned_by_channel_merged_proven_and_taken_out_again(trained: Path, run: 
     files = [path.name for path in Path("one").glob("*.safetensors")]
     assert files and all((Path("merged") / name).read_bytes() == (Path("one") / name).read_bytes() for name in files)
     assert_refused(run("merge", "--adapters", "none", "--output", "m"), 1, "none/adding does not exist")
+    edit_json(Path("tuned/doubling/training.json"), tuned=tuned_by | {"ridge": 0.01})
+    again = run("merge", "--method", "corrected", "--adapters", "tuned", "--output", "m")
+    assert_refused(again, 2, "tuned/doubling has corrected values", "no second time")
 
 
 def test_losses_are_those_of_the_merged_checkpoint(trained: Path, run: Run) -> None:

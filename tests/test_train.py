@@ -21,7 +21,7 @@ from commands import refused
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from multisbora.adapter import Adapter
+from multisbora.adapter import TRAINING_FILE, Adapter
 from multisbora.allocator import allocate
 from multisbora.dataset import encode, pack
 from multisbora.errors import CheckpointError, DataError, MultisboraError, TrainingError, UsageError
@@ -33,7 +33,7 @@ from multisbora.registry import Registry
 from multisbora.registry.claims import TaskClaims
 from multisbora.run import METRICS_FILE, RUN_FILE, hold_run
 from multisbora.stream import fingerprint
-from multisbora.train import TRAINING_FILE, TrainResult, train
+from multisbora.train import TrainResult, train
 from multisbora.trainer import answer_loss
 
 train_module = importlib.import_module("multisbora.train")  # the package's own `train` is the function
