@@ -163,11 +163,18 @@ class Adapter:
         return matrices
 
 
+def training_record(folder: Path) -> dict[str, Any]:
+    """What `train` wrote of its run beside an adapter; nothing where another trainer made it."""
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(content := read_json(folder / TRAINING_FILE), dict):
+            return content
+    return {}
+
+
 def is_corrected(folder: Path) -> bool:
     """Whether an adapter has the values of a corrected merge, from `tune --by channel`, as far as its folder tells."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return read_json(folder / TRAINING_FILE)["tuned"]["ridge"] is not None
-    return False
+    tuned = training_record(folder).get("tuned")
+    return isinstance(tuned, dict) and tuned.get("ridge") is not None
 
 
 def rewrite(folder: Path, values: Mapping[str, np.ndarray], output: Path, leave: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .adapter import TRAINING_FILE, rewrite
+from .adapter import TRAINING_FILE, rewrite, training_record
 from .deployed import moments_of
 from .errors import AdapterError, UsageError
 from .journal import reading
@@ -18,7 +18,6 @@ from .moments import MOMENTS_FILE
 from .project import Project
 from .publish import check_output, check_output_file, publish, publish_file
 from .recipe import load
-from .untrusted import read_json
 from .weights import SUFFIXES, GivenWeights, check_by, check_suffix, write_weights
 
 if TYPE_CHECKING:
@@ -148,9 +147,8 @@ def tune_tasks(
 def _write_tuned(trained: Path, values: Mapping[str, Any], output: Path, found: Tuned) -> None:
     """Write an adapter with tuned values; what trained it says that, too, where there is such a record."""
     rewrite(trained, values, output, leave=MOMENTS_FILE)  # moments are of what was trained
-    try:
-        record = {**read_json(output / TRAINING_FILE)}
-    except (OSError, ValueError, TypeError):  # none, or another program's
+    record = training_record(output)
+    if not record:
         return
     settings = {"by": found.by, "steps": found.steps, "follow": found.follow, "ridge": found.ridge}
     record["tuned"] = {"tasks": list(found.tasks), **settings}

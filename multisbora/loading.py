@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +16,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from .adapter import CONFIG_FILE, Adapter
+from .adapter import CONFIG_FILE, Adapter, training_record
 from .checkpoint import RECEIPT_FILE, Checkpoint
 from .errors import AdapterError, CheckpointError, UsageError
 from .geometry import from_checkpoint
@@ -71,7 +73,9 @@ def load_model(
     Checkpoint.open(path)  # a missing, truncated or corrupt file, in one clear line
     view = _view(read, path, base_view, quantization)
     _check_base(read, path, say)
-    model, tokenizer = load_base(path, view), load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    _check_vocabulary(read, path, tokenizer, say)
+    model = load_base(path, view)
     if isinstance(view, Quantization) and describe(model) != view:
         told = next(adapter for adapter in read if adapter.quantization == view)
         raise AdapterError(
@@ -119,6 +123,17 @@ def _check_base(adapters: list[Adapter], base: Path, say: Say) -> None:
         adapter.fit(geometry)
 
 
+def _check_vocabulary(adapters: list[Adapter], base: Path, tokenizer: Any, say: Say) -> None:
+    """Say where a token has another number than in training, as far as an adapter's folder tells."""
+    found = vocabulary_digest(tokenizer) if adapters else ""
+    for adapter in adapters:
+        if training_record(adapter.path).get("vocabulary_digest", found) != found:
+            say(
+                f"{adapter.path} was trained with another vocabulary than the tokenizer of {base} has: its tokens mean "
+                "something else to it, so take the tokenizer of its training"
+            )
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder. No remote code.
 
@@ -127,6 +142,11 @@ def load_tokenizer(folder: Path) -> Any:
     """
     with _loading(folder, "its tokenizer"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """SHA-256 of which number each token of a tokenizer has."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def load_config(folder: Path) -> Any:

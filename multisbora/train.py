@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError
 from transformers.training_args import OptimizerNames
 
-from .adapter import TRAINING_FILE, WEIGHTS_FILE
+from .adapter import TRAINING_FILE, WEIGHTS_FILE, training_record
 from .attention import use_flash_attention, use_packed_attention
 from .dataset import Encoded, Example, Row, check_examples, check_fit, encode, load_rows, overlap, packs, split
 from .distributed import Processes, hush
 from .errors import DataError, TrainingError, UsageError
 from .geometry import Geometry, from_checkpoint
-from .loading import load_base, load_config, load_tokenizer
+from .loading import load_base, load_config, load_tokenizer, vocabulary_digest
 from .penalty import Penalty, strength_of
 from .publish import check_output, publish
 from .quantization import record, widen
@@ -35,7 +35,6 @@ from .sharding import whole_adapter
 from .stream import fingerprint
 from .trainer import TaskTrainer, checkpoint_files
 from .tuner import SboraConfig
-from .untrusted import read_json
 
 TEMPLATE = ("prompt", "target")  # what of a recipe makes words of a row
 # The schedules that need nothing but the warm-up and the number of steps, which is all that a recipe says of them.
@@ -206,6 +205,7 @@ def _run(
         "recipe": _effective(recipe.model_dump(mode="json")),
         "train_digest": data.train.digest,
         "dev_digest": None if data.dev is None else data.dev.digest,
+        "vocabulary_digest": data.vocabulary,
         "base_fingerprint": config.base_fingerprint,
         "claim_digest": config.claim_digest,
         "alpha": config.alpha,
@@ -334,10 +334,11 @@ def _machine(model: Any, packed: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Data:
-    """What a run learns, what it is watched by, and the text of an example."""
+    """What a run learns, what it is watched by, its vocabulary's digest, and the text of an example."""
 
     train: Encoded
     dev: Encoded | None
+    vocabulary: str
     show: Callable[[Example], str]
 
 
@@ -375,15 +376,15 @@ def _prepare(recipe: Recipe, base: Path, say: Callable[[str], None]) -> _Data:
     examples = [example for part in (train, dev) if part for example in part.examples]
     remedy, loss = "lower training.cutoff to {known}", "what it learns and scores beyond that is worth little"
     check_fit(load_config(base), examples, f"task {recipe.name}", remedy, loss, say)
-    return _Data(train, dev, lambda example: str(tokenizer.decode(example.input_ids)))
+    return _Data(train, dev, vocabulary_digest(tokenizer), lambda example: str(tokenizer.decode(example.input_ids)))
 
 
 def changed_since(adapter: Path, recipe: Recipe, keys: Sequence[str]) -> list[str]:
     """Which of a recipe's keys ("seed" is training.seed) are not what an adapter was trained with, as far as its folder
     tells: nothing where another trainer made it."""
     told: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        content = read_json(adapter / TRAINING_FILE)["recipe"]
+    with contextlib.suppress(KeyError, TypeError):
+        content = training_record(adapter)["recipe"]
         told = {**content, "seed": content["training"]["seed"]}
     now = {**recipe.model_dump(mode="json"), "seed": recipe.training.seed}
     return [key for key in keys if told and told.get(key) != now[key]]

@@ -16,7 +16,7 @@ import numpy as np
 import peft.utils.save_and_load
 import pytest
 import torch
-from builders import answer_tokens, draw_moments, tiny_gpt2, tiny_llama
+from builders import answer_tokens, draw_moments, edit_json, tiny_gpt2, tiny_llama
 from commands import refused
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
@@ -167,6 +167,24 @@ def test_full_run(llama: Base, recipe: Any, tmp_path: Path) -> None:
     for path in output.iterdir():
         assert path.name == TRAINING_FILE or str(llama.folder).encode() not in path.read_bytes()
     assert any("not checked whether test rows" in line and "no-test.json does not exist" in line for line in said)
+
+
+def test_a_tokenizer_with_other_numbers_than_in_training(llama: Base, recipe: Any, tmp_path: Path) -> None:
+    """As many tokens, two of which changed places: no size and no row tells."""
+    train(recipe(), llama.folder, llama.claims["fa"], tmp_path / "toy")
+    said: list[str] = []
+    load_model(tmp_path / "toy", llama.folder, say=said.append)
+    other = Path(shutil.copytree(llama.folder, tmp_path / "other"))
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    edit_json(other / "tokenizer.json", model=content["model"])
+    assert not said
+    load_model(tmp_path / "toy", other, say=said.append)
+    assert len(said) == 1 and f"{tmp_path / 'toy'} was trained with another vocabulary" in said[0]
+    (tmp_path / "toy" / TRAINING_FILE).write_text("[]")  # another program's
+    load_model(tmp_path / "toy", other, say=said.append)
+    assert len(said) == 1
 
 
 def test_same_bytes_again_and_after_an_interruption(llama: Base, recipe: Any, tmp_path: Path) -> None:
