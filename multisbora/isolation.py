@@ -150,9 +150,7 @@ class Isolation:
         together = np.stack([scores[of].sum(axis=0) for of in sets])
         # Higher than what any chain of exchanges can win, so that the fewest possible are used, and then the best.
         together[:, massive(shares)] += (len(sets) + 2) * len(newcomers) * _LOWEST / STEP
-        order = np.argsort(priorities(size, *key))
-        owners = np.empty(size, np.intp)
-        owners[order] = assign(together.take(order, axis=1), counts)
+        owners = assign(together, counts, priorities(size, *key))
         return {
             task: tuple(np.flatnonzero(np.isin(owners, np.flatnonzero(sets[:, row]))).tolist())
             for row, task in enumerate(newcomers)
@@ -200,21 +198,25 @@ def massive(shares: Floats) -> npt.NDArray[np.bool_]:
         if some.size:
             loud = row > MASSIVE * _last_of(some, (len(some) + 1) // 2)
             found = loud if found is None else found & loud
+            if not found.any():
+                return found
     return np.zeros(shares.shape[1], np.bool_) if found is None else found
 
 
-def assign(scores: Floats, counts: Sequence[int] | npt.NDArray[np.integer]) -> Places:
+def assign(
+    scores: Floats, counts: Sequence[int] | npt.NDArray[np.integer], ranks: npt.NDArray[Any] | None = None
+) -> Places:
     """Give each taker exactly as many columns as it asks for, no column to two of them, the sum of scores maximal.
 
     Exact. Prices that fall from above (each taker's price is that of the last column it gets if all others pay theirs)
     place most columns, and stay such that what is placed is the best way to place as many; what is missing is added by
-    the best chains of exchanges between takers, one column at a time. Of equally good columns earlier ones are
-    preferred, and the same arguments give the same answer.
+    the best chains of exchanges between takers, one column at a time. The same arguments give the same answer.
 
     Args:
         scores: (takers, n), whole numbers, -inf where a taker must not have a column. Sums of as many of them as there
             are takers must stay below 2^53.
         counts: (takers,), above 0.
+        ranks: (n,) distinct: of equally good columns those with a lower one are preferred; None prefers earlier ones.
 
     Returns:
         (n,): the taker of each column, or -1.
@@ -227,7 +229,11 @@ def assign(scores: Floats, counts: Sequence[int] | npt.NDArray[np.integer]) -> P
         raise ValueError("a taker may have fewer columns than it asks for")
     owners = np.full(scores.shape[1], -1, np.intp)
     if len(wanted) == 1:
-        owners[_highest(scores[0], wanted[0])] = 0
+        owners[_highest(scores[0], wanted[0], ranks)] = 0
+        return owners
+    if ranks is not None:
+        order = np.argsort(ranks)
+        owners[order] = assign(scores.take(order, axis=1), counts)
         return owners
     # Among as many columns as all want together, one is left for a taker whose columns are worse: no need of those.
     most = min(int(wanted.sum()), scores.shape[1])
@@ -237,11 +243,13 @@ def assign(scores: Floats, counts: Sequence[int] | npt.NDArray[np.integer]) -> P
     return owners
 
 
-def _highest(values: Floats, count: int) -> Places:
-    """Places of the `count` highest values, of equal ones the first."""
+def _highest(values: Floats, count: int, ranks: npt.NDArray[Any] | None = None) -> Places:
+    """Places of the `count` highest values, of equal ones those of the lowest ranks, or the first."""
     limit = _last_of(values, count)
-    above = np.flatnonzero(values > limit)
-    return np.concatenate([above, np.flatnonzero(values == limit)[: count - len(above)]])
+    above, equal = np.flatnonzero(values > limit), np.flatnonzero(values == limit)
+    if ranks is not None:
+        equal = equal[np.argsort(ranks[equal])]
+    return np.concatenate([above, equal[: count - len(above)]])
 
 
 def _last_of(values: Floats, count: int) -> float:
