@@ -131,9 +131,8 @@ class Isolation:
                 place.setdefault(name, len(place))
         shares = np.empty((len(place), size))
         for name, row in place.items():
-            shares[row] = self._energy(name, matrix, axis)
-            if total := shares[row].sum():
-                shares[row] *= size / total
+            energy = self._energy(name, matrix, axis)
+            np.multiply(energy, size / (energy.sum(dtype=np.float64) or 1.0), out=shares[row])
 
         drawn = np.zeros((len(newcomers), size), np.bool_)
         met = np.zeros((len(newcomers), len(place)))

@@ -10,6 +10,8 @@ own on the same disk or server: one statement, one transaction. That is what a u
 costs at least, so the ratio of the two says what all the rest adds: reading what is held, drawing, regions, guards,
 history, proof of what was written. "cpu s" is the processor time of this process, in PostgreSQL the client's alone.
 
+`--strategy isolated` gives every task moments of random rows, and has channels chosen by those of all tasks there.
+
 The exit code is 1 if the median of the five calls around 50 tasks exceeds the budget. With --tasks below 53 the last
 five calls are judged in their place: fewer tasks are there, so that the budget is an easier one.
 """
@@ -28,11 +30,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
+import numpy as np
 import sqlalchemy as sa
 
-from multisbora.allocator import allocate
+from multisbora.allocator import Strategy, allocate
 from multisbora.geometry import Geometry, from_card
+from multisbora.moments import Moments, Site
 from multisbora.registry import Registry
 from multisbora.registry.claims import TaskClaims
 from multisbora.registry.database import Database
@@ -66,7 +71,22 @@ class Call:
     bare_seconds: float
 
 
-def measure(url: str, bare_url: str, geometry: Geometry, tasks: int) -> list[Call]:
+def draw(geometry: Geometry, number: int) -> Moments:
+    """Moments of a task whose rows send log-normal energies through the model."""
+    generator = np.random.default_rng(number)
+    none = np.zeros(0, np.int32), np.zeros((0, 0), np.float32)
+    sites = {
+        matrix.module: Site(
+            generator.lognormal(0, 1, matrix.in_features).astype(np.float32),
+            np.broadcast_to(np.float32(1), matrix.out_features),  # rows of fb tasks would be chosen by it
+            *none,
+        )
+        for matrix in geometry.select(TARGETS)
+    }
+    return Moments(f"task-{number}", "drawn", geometry.digest, rows=1, tokens=1, sites=sites)
+
+
+def measure(url: str, bare_url: str, geometry: Geometry, tasks: int, strategy: Strategy) -> list[Call]:
     """Allocate `tasks` tasks into an empty store, and their claims into a bare table of another empty database."""
     calls = []
     modules = {matrix.module: number for number, matrix in enumerate(geometry.matrices)}
@@ -75,11 +95,14 @@ def measure(url: str, bare_url: str, geometry: Geometry, tasks: int) -> list[Cal
         with bare.connect(write=True) as connection:
             connection.exec_driver_sql(BARE + (" WITHOUT ROWID" if bare.dialect == "sqlite" else ""))
         with Registry.open(url) as registry:
+            moments: dict[str, Moments] = {}
             for there in range(tasks):
+                given: dict[str, Any] = {"variant": "fa", "rank": RANK, "target_modules": TARGETS}
+                if strategy == "isolated":
+                    moments[f"task-{there}"] = draw(geometry, there)
+                    given |= {"strategy": strategy, "moments": moments}
                 start, cpu = time.perf_counter(), time.process_time()
-                claims = allocate(
-                    registry, geometry, [f"task-{there}"], variant="fa", rank=RANK, target_modules=TARGETS
-                ).tasks[f"task-{there}"]
+                claims = allocate(registry, geometry, [f"task-{there}"], **given).tasks[f"task-{there}"]
                 seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
                 calls.append(Call(there, seconds, cpu, _insert(bare, modules, claims, there)))
     finally:
@@ -142,8 +165,9 @@ def report(kind: str, calls: Sequence[Call], stored: int) -> bool:
     return held
 
 
-def plot(measured: dict[str, list[Call]], path: Path) -> None:
+def plot(measured: dict[str, list[Call]], path: Path, strategy: Strategy) -> None:
     """Draw seconds against tasks already there. The same calls give the same bytes."""
+    chosen = "" if strategy == "random" else f", {strategy} channels"
     import matplotlib
 
     matplotlib.use("svg")
@@ -158,7 +182,7 @@ def plot(measured: dict[str, list[Call]], path: Path) -> None:
         axes.plot(there, bare, color=colour, linestyle=":", linewidth=1, label=f"bare table, {kind}")
     axes.axhline(BUDGET_SECONDS, color="#777777", linestyle="--", linewidth=1, label="budget")
     axes.set(xlabel="tasks already there", ylabel="seconds for one more", xlim=(0, None), ylim=(0, None))
-    axes.set_title(f"{MODEL}, {TARGETS}, rank {RANK}", fontsize=9)
+    axes.set_title(f"{MODEL}, {TARGETS}, rank {RANK}{chosen}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, metadata={"Date": None, "Creator": None})
@@ -208,6 +232,7 @@ def main() -> int:
     parser.add_argument("--database", choices=["sqlite", "postgresql", "both"], default="both", help="(default: both)")
     parser.add_argument("--url", help="PostgreSQL server, postgresql+psycopg://user:password@host/database")
     parser.add_argument("--tasks", type=int, default=60, help="5 or more (default: 60)")
+    parser.add_argument("--strategy", choices=get_args(Strategy), default="random", help="(default: random)")
     parser.add_argument("--plot", type=Path, help="draw the times into this SVG file (needs matplotlib)")
     given = parser.parse_args()
     if given.url and given.database == "sqlite":
@@ -225,14 +250,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         if given.database in ("sqlite", "both"):
             url, bare = (f"sqlite:///{Path(scratch) / name}.db" for name in ("registry", "bare"))
-            measured["SQLite"] = measure(url, bare, geometry, given.tasks)
+            measured["SQLite"] = measure(url, bare, geometry, given.tasks, given.strategy)
             held &= report("SQLite", measured["SQLite"], size(url))
         if given.database in ("postgresql", "both"):
             with server(given.url, Path(scratch) / "server") as at, new_database(at) as url, new_database(at) as bare:
-                measured["PostgreSQL"] = measure(url, bare, geometry, given.tasks)
+                measured["PostgreSQL"] = measure(url, bare, geometry, given.tasks, given.strategy)
                 held &= report("PostgreSQL", measured["PostgreSQL"], size(url))
     if given.plot:
-        plot(measured, given.plot)
+        plot(measured, given.plot, given.strategy)
     return 0 if held else 1
 
 
