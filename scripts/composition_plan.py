@@ -125,7 +125,7 @@ MANY: tuple[Wave, ...] = (
     (FB, (ONE, BY_TASK)),
     (FB_BOTH, (ONE, BY_TASK)),
 )
-HEADLINES = {2: (FA_BOTH, BY_MATRIX), 8: (FA_BOTH, CORRECTED_CHANNEL)}  # what the targets are set for
+HEADLINES = {2: (FA_BOTH, BY_MATRIX), 8: (FA_BOTH, MORE_CHANNEL)}  # what the targets are set for
 # Of --quick: every way to train and to compose at least once, and two of them for merges of 4 and 8.
 FEW: tuple[Wave, ...] = (
     (FA, (ONE, BY_TASK, GRID)),
