@@ -112,7 +112,7 @@ def test_descent_by_channel() -> None:
     space = Space.of(ranks, dict.fromkeys(ranks, TaskWeight()), "channel")
     wanted = np.random.default_rng(0).uniform(0.5, 1.3, (2, 6))
     bowls = Bowls(np.array([wanted, wanted]), np.ones((2, 2, 6)) * space.present)
-    found = walked(descend(space, bowls, half_of(space, bowls), 200, slack=0.01, regular=0.0))[-1][1]  # type: ignore[arg-type]
+    found = walked(descend(space, bowls, [half_of(space, bowls)], 200, slack=0.01, regular=0.0))[-1][1]  # type: ignore[arg-type]
     assert np.abs(found - wanted)[space.present].max() < 0.02
 
 
@@ -150,7 +150,7 @@ def test_descent_finds_the_bottom() -> None:
     space = space_of(2)
     wanted = np.random.default_rng(0).uniform(0.5, 1.3, (2, len(MODULES)))
     bowls = Bowls(np.array([wanted, wanted]), np.ones((2, 2, len(MODULES))))
-    found = walked(descend(space, bowls, half_of(space, bowls), 200, slack=0.01, regular=0.0))  # type: ignore[arg-type]
+    found = walked(descend(space, bowls, [half_of(space, bowls)], 200, slack=0.01, regular=0.0))  # type: ignore[arg-type]
     assert np.abs(found[-1][1] - wanted).max() < 0.01
     assert np.array_equal(found[-1][1], np.round(found[-1][1], PLACES))
 
@@ -159,7 +159,7 @@ def test_points_on_the_way_are_few_and_end_with_the_last() -> None:
     space = space_of(1, "task")
     bowls = Bowls(np.full((1, 1, 6), 0.2), np.ones((1, 1, 6)))
     for steps, wanted in ((1, [1]), (3, [1, 2, 3]), (32, [*range(4, 33, 4)]), (35, [*range(4, 33, 4), 35])):
-        found = walked(descend(space, bowls, half_of(space, bowls), steps, 0.01, 0.5))  # type: ignore[arg-type]
+        found = walked(descend(space, bowls, [half_of(space, bowls)], steps, 0.01, 0.5))  # type: ignore[arg-type]
         assert [step for step, _ in found] == wanted and len(wanted) <= POINTS + 1
 
 
@@ -171,7 +171,7 @@ def test_a_task_is_not_pushed_over_the_fence_for_another() -> None:
     bowls = Bowls(bottoms, steep)
     half = half_of(space, bowls)
     for slack in (0.0, 0.01, 0.1):
-        last = walked(descend(space, bowls, half, 100, slack, 0.5))[-1][1]  # type: ignore[arg-type]
+        last = walked(descend(space, bowls, [half], 100, slack, 0.5))[-1][1]  # type: ignore[arg-type]
         assert bowls.loss(1, last) < slack + 0.01, slack
         assert bowls.loss(0, last) < bowls.loss(0, space.start) - 0.7 * min(slack, 0.05), slack
 
@@ -186,7 +186,7 @@ def test_lambdas_of_a_task_are_held_together_and_weak_ones_do_not_stray() -> Non
 
     def last(regular: float) -> Array:
         bowls = Bowls(bottoms, steep, wobble=0.02)
-        return walked(descend(space, bowls, half_of(space, bowls), 32, 0.01, regular))[-1][1][0]  # type: ignore[arg-type]
+        return walked(descend(space, bowls, [half_of(space, bowls)], 32, 0.01, regular))[-1][1][0]  # type: ignore[arg-type]
 
     free, held, tight, tied = map(last, (0.0, 0.5, 10.0, 1e300))
     assert free[0] < 0.6
@@ -198,7 +198,7 @@ def test_a_start_far_off_and_a_task_without_some_matrices() -> None:
     names = {"math": dict.fromkeys(MODULES, 8), "code": dict.fromkeys(MODULES[:3], 8)}
     space = Space.of(names, {"math": TaskWeight(-0.5), "code": TaskWeight(0.0)}, "matrix")
     bowls = Bowls(np.full((2, 2, 6), 0.5), np.ones((2, 2, 6)) * space.present)
-    last = walked(descend(space, bowls, half_of(space, bowls), 150, 0.01, 0.5))[-1][1]  # type: ignore[arg-type]
+    last = walked(descend(space, bowls, [half_of(space, bowls)], 150, 0.01, 0.5))[-1][1]  # type: ignore[arg-type]
     assert np.abs(last[space.present] - 0.5).max() < 0.1
     assert space.weights(last)["code"].at(MODULES[0]) == last[1, 0]
 
