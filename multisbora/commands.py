@@ -5,14 +5,13 @@ the command prints; heavy libraries are imported where they are needed.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter import TRAINING_FILE, Adapter
+from .adapter import Adapter, training_record
 from .allocator import DEFAULT_TARGETS, allocate, matrix_ranks
 from .distributed import is_first
 from .errors import AdapterError, AllocationError, CheckpointError, DataError, RegistryError, UsageError
@@ -333,7 +332,7 @@ def _done(output: Path, claims: TaskClaims) -> TrainResult | None:
     try:
         if Adapter.read(output).claim_digest != claims.digest:
             return None
-        summary = json.loads((output / TRAINING_FILE).read_bytes())
+        summary = training_record(output)
         return TrainResult(
             task=claims.task,
             adapter=output,
@@ -345,7 +344,7 @@ def _done(output: Path, claims: TaskClaims) -> TrainResult | None:
             dev_loss=summary.get("dev_loss"),
             best_step=summary.get("best_step"),
         )
-    except (AdapterError, OSError, ValueError, KeyError, TypeError):
+    except (AdapterError, KeyError):  # none, or another program's
         return None
 
 

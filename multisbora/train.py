@@ -452,9 +452,9 @@ def _publish(
 def _published(output: Path, run: Path, settings: dict[str, Any], task: str) -> TrainResult | None:
     """The result of a run that was killed when its adapter was in place and its own folder not yet gone."""
     try:
-        summary = json.loads((output / TRAINING_FILE).read_text(encoding="utf-8"))
+        summary = training_record(output)
         found = {**summary, "recipe": _effective(summary["recipe"])}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # missing, or another program's
+    except (ValueError, TypeError, KeyError, AttributeError):  # missing, or another program's
         return None
     if {key: found.get(key) for key in settings} != settings:
         return None

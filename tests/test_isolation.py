@@ -127,6 +127,8 @@ def test_a_contested_matrix_of_a_real_size() -> None:
 def test_of_equally_good_columns_the_first_are_taken() -> None:
     assert assign(np.zeros((1, 9)), [3]).tolist() == [0, 0, 0, -1, -1, -1, -1, -1, -1]
     assert assign(np.array([[1.0, 5, 1, 1, 5, 1]]), [4]).tolist() == [0, 0, 0, -1, 0, -1]
+    assert assign(np.zeros((1, 4)), [2], np.array([3, 0, 2, 1])).tolist() == [-1, 0, -1, 0]
+    assert sorted(np.flatnonzero(assign(np.zeros((2, 4)), [1, 1], np.array([3, 0, 2, 1])) >= 0)) == [1, 3]
     several = assign(np.zeros((3, 9)), [2, 2, 2])
     assert (several[:6] >= 0).all() and (several[6:] == -1).all()
 
