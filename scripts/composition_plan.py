@@ -11,7 +11,8 @@ from composition_tasks import EIGHT, MERGES, PAIR, Sizes, joint
 
 from multisbora.penalty import STRENGTH
 
-SECTIONS = {"pair": 2, "seeds": 2, "eight": 8, "four": 4, "scores": 2}
+SECTIONS = {"pair": 2, "seeds": 2, "eight": 8, "four": 4}  # merges of so many
+BESIDE = ("scores", "crosstalk")  # what else is looked at
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,15 @@ MANY: tuple[Wave, ...] = (
     (FB, (ONE, BY_TASK)),
     (FB_BOTH, (ONE, BY_TASK)),
 )
+# Of which merges crosstalk is measured: at lambda 1, and what tuning by channel left.
+Heard = tuple[int, Arm, str]
+HEARD: tuple[Heard, ...] = (
+    (2, FA, ONE),
+    (2, FA_BOTH, ONE),
+    (8, FA, ONE),
+    (8, FA_BOTH, ONE),
+    (8, FA_BOTH, FILLED_CHANNEL),
+)
 HEADLINES = {2: (FA_BOTH, BY_MATRIX), 8: (FA_BOTH, MORE_CHANNEL)}  # what the targets are set for
 # Of --quick: every way to train and to compose at least once, and two of them for merges of 4 and 8.
 FEW: tuple[Wave, ...] = (
@@ -140,6 +150,7 @@ FEW: tuple[Wave, ...] = (
     (LORI, ("cat",)),
 )
 FEWEST: tuple[Wave, ...] = ((FA, (BY_TASK,)), (LORA, ("cat",)))
+FEW_HEARD: tuple[Heard, ...] = ((2, FA, ONE), (2, FA_BOTH, CORRECTED_CHANNEL))
 
 
 @dataclass(frozen=True)
@@ -194,6 +205,7 @@ class Plan:
     Attributes:
         waves: what is compared, in order, in merges of 2 at the first seed; again: at the others; many: in merges of 4
             and 8.
+        heard: merges of which crosstalk is measured, at the first seed.
     """
 
     setup: Setup
@@ -201,17 +213,20 @@ class Plan:
     waves: Sequence[Wave] = WAVES
     again: Sequence[Wave] = AGAIN
     many: Sequence[Wave] = MANY
+    heard: Sequence[Heard] = HEARD
     _rates: dict[str, float] = field(default_factory=dict)
 
     def runs(self, sections: Sequence[str]) -> Iterator[Run]:
         for section in sections:
             if section == "scores":
                 yield from self.scores()
-            for cell in self.cells(section):
-                yield from self.of(cell)
+            elif section == "crosstalk":
+                yield from (run for cell in self.heard_in() for run in self.crosstalk(cell))
+            else:
+                yield from (run for cell in self.cells(section) for run in self.of(cell))
 
     def cells(self, section: str) -> Iterator[Cell]:
-        seeds = {"seeds": self.setup.seeds[1:], "scores": ()}.get(section, self.setup.seeds[:1])
+        seeds = self.setup.seeds[1:] if section == "seeds" else self.setup.seeds[:1]
         tasks = MERGES[SECTIONS[section]]
         for arm, hows in self.again if section == "seeds" else self.waves_of(tasks):
             yield from (Cell(tasks, seed, arm, how) for seed in seeds for how in hows)
@@ -395,7 +410,24 @@ class Plan:
         needs += () if chosen is None else (chosen,)
         return Run("mix", f"{cell.arm.name} {cell.how} {len(cell.tasks)}t s{cell.seed}", spec, needs)
 
-    # ------------------------------------------------------------------------------------------------------- scores
+    # ---------------------------------------------------------------------------------------- crosstalk, and scores
+
+    def heard_in(self) -> Iterator[Cell]:
+        """Cells whose crosstalk is measured."""
+        return (Cell(MERGES[size], self.setup.seeds[0], arm, how) for size, arm, how in self.heard)
+
+    def crosstalk(self, cell: Cell) -> Iterator[Run]:
+        """The run that measures it, on dev rows; those that its learning rate hangs on, as long as that is not known.
+
+        Of lambdas by channel, which are in adapters of their own, what chose them is the last run that it needs.
+        """
+        if self.rate(cell.arm.kind) is None:
+            yield from self.rate_runs(cell.arm.kind)
+            return
+        chosen = self.lambdas(cell)
+        spec = {"tasks": list(cell.tasks), "rows": max(2 * self.setup.tried // len(cell.tasks), 2)}
+        needs = self.trainings(cell) + (() if chosen is None else (chosen,))
+        yield Run("crosstalk", f"{cell.arm.name} {cell.how} {len(cell.tasks)}t s{cell.seed}", spec, needs)
 
     def scored(self) -> dict[str, Cell | None]:
         """{line of the table: composition}; None is the base. With "own" in front: the adapters alone."""

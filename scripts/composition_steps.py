@@ -62,6 +62,7 @@ class Steps:
             "tune": self._tune,
             "grid": self._grid,
             "score": self._score,
+            "crosstalk": self._crosstalk,
         }
         answer = does[run.kind](run, threads)
         if (mark := self._mark(run)) is not None:
@@ -137,13 +138,13 @@ class Steps:
         self._multisbora(run, folder, command, threads)
         return {}
 
-    def _together(self, run: Run, trainings: Sequence[Run]) -> Path:
-        """A project in which all of these adapters lie, anew."""
+    def _together(self, run: Run, adapters: Mapping[str, str]) -> Path:
+        """A project in which all of these adapters of ours lie, anew."""
         folder = self.work / "composed" / run.key
         shutil.rmtree(folder, ignore_errors=True)
-        self._on(folder, _claims_of(trainings[0]))
+        self._on(folder, _claims_of(next(need for need in run.needs if need.kind == "train")))
         (folder / "adapters").mkdir()
-        for task, adapter in self._adapters(trainings).items():
+        for task, adapter in adapters.items():
             (folder / "adapters" / task).symlink_to(adapter)
         return folder
 
@@ -186,12 +187,17 @@ class Steps:
     def _mix(self, run: Run, threads: int) -> Answer:
         trainings, weights = self._parts(run)
         if run.spec["how"] != CORRECTED:
-            adapters = self._adapters(trainings)
-            for tuned in filter(_is_by_channel, run.needs):
-                adapters = {task: str(self.work / "tuned" / tuned.key / task) for task in adapters}
+            adapters = self._merged_of(run)
             return self._loss(run, _kind(trainings[0]), adapters, weights, run.spec["how"], threads)
         with self._merged(run, trainings, weights, threads) as merged:
             return self._loss(run, "checkpoint", {}, {}, "", threads, base=merged)
+
+    def _merged_of(self, run: Run) -> dict[str, str]:
+        """The adapters that a run composes: those that were trained, or what tuning by channel made of them."""
+        adapters = self._adapters([need for need in run.needs if need.kind == "train"])
+        for tuned in filter(_is_by_channel, run.needs):
+            adapters = {task: str(self.work / "tuned" / tuned.key / task) for task in adapters}
+        return adapters
 
     def _parts(self, run: Run) -> tuple[list[Run], dict[str, Any]]:
         """The adapters of a composition, and its lambdas."""
@@ -215,7 +221,7 @@ class Steps:
         return self._work(run, told | ({} if base is None else {"base": str(base)}), threads)
 
     def _tune(self, run: Run, threads: int) -> Answer:
-        folder = self._together(run, [need for need in run.needs if need.kind == "train"])
+        folder = self._together(run, self._adapters([need for need in run.needs if need.kind == "train"]))
         command = ["tune", "--tasks", ",".join(run.spec["tasks"]), "--by", run.spec["by"], "--json"]
         command += ["--rows", str(run.spec["rows"]), "--steps", str(run.spec["steps"])]
         command += ["--corrected"] if run.spec.get("corrected") else []
@@ -233,6 +239,19 @@ class Steps:
         shutil.rmtree(folder)
         return {key: found[key] for key in ("weights", "tasks", "lambdas", "steps")}
 
+    def _crosstalk(self, run: Run, threads: int) -> Answer:
+        """What `multisbora crosstalk` says, the matrices added up by their kind."""
+        folder = self._together(run, self._merged_of(run))
+        command = ["crosstalk", "--tasks", ",".join(run.spec["tasks"]), "--rows", str(run.spec["rows"]), "--json"]
+        found: Answer = json.loads(self._multisbora(run, folder, command, threads))
+        shutil.rmtree(folder)
+        kinds: dict[str, dict[str, float]] = {}
+        for module, effect in found["matrices"].items():
+            of_kind = kinds.setdefault(module.rpartition(".")[2], dict.fromkeys(run.spec["tasks"], 0.0))
+            for on, updates in effect.items():
+                of_kind[on] += sum(figures["harm"] for of, figures in updates.items() if of != on)
+        return {"losses": found["tasks"], "total": found["total"], "kinds": kinds, "worst": found["worst"]}
+
     def _grid(self, run: Run, threads: int) -> Answer:
         told = {"kind": _kind(run.needs[0]), "adapters": self._adapters(run.needs), "how": run.spec["how"]}
         return self._work(run, {"work": "grid", "rows": run.spec["rows"], **told}, threads)
@@ -243,7 +262,7 @@ class Steps:
         how = run.spec["how"]
         folder = self.work / "composed" / run.key
         if _kind(trainings[0]) == "ours":
-            self._together(run, trainings)
+            self._together(run, self._adapters(trainings))
             (folder / "weights.yaml").write_text(yaml.safe_dump(dict(weights)), encoding="utf-8")
             command = ["merge", "--tasks", ",".join(weights), "--weights-from", "weights.yaml", "--output", "merged"]
             command += ["--method", "corrected"] if how == CORRECTED else []

@@ -49,7 +49,8 @@ class Tables:
             found += self._merges(size)
             if size == 2 and len(self.plan.setup.seeds) > 1:
                 found += self._merges(size, again=True)
-        return [table for table in [*found, self._scores(), self._rates()] if table is not None]
+        found += [*self._crosstalk(), self._scores(), self._rates()]
+        return [table for table in found if table is not None]
 
     def strangers(self) -> list[str]:
         """Trainings that saw other batches than the first of the same task and seed; there are none, if all is well."""
@@ -208,7 +209,30 @@ class Tables:
     def _seconds(self, run: Run) -> float:
         return float(self.store.read(run)["seconds"])
 
-    # ------------------------------------------------------------------------------------------------ scores and rates
+    # -------------------------------------------------------------------------------------- crosstalk, scores and rates
+
+    def _crosstalk(self) -> Iterator[Result]:
+        """Who is heard on whose rows, and where: a table of each for every size of merge."""
+        for size, tasks in MERGES.items():
+            heard, where, kinds = [], [], []
+            for cell in self.plan.heard_in():
+                runs = self._there(list(self.plan.crosstalk(cell))) if len(cell.tasks) == size else []
+                for found in (self.store.result(run) for run in runs if run.kind == "crosstalk"):
+                    kinds = list(found["kinds"])
+                    for on in tasks:
+                        name = [cell.arm.name, _named(cell.arm, cell.how), on]
+                        heard.append([*name, *_heard(found, on)])
+                        where.append([*name, *_where(found, on)])
+            if not heard:
+                continue
+            setting = f"{self.setting}. `multisbora crosstalk` on dev rows, at lambda 1"
+            of = "harm of each task's update on the rows of one, as a share of that of its own"
+            title = f"who is heard, merge of {size}"
+            columns = ["adapters", "composed", "on rows of", *tasks, "kept", "what leaving one out gains most, nats"]
+            yield Result(f"composition-crosstalk-{size}", title, f"{setting}: {of}", columns, heard)
+            of = "harm of all others' updates in the matrices of a kind, as a share of that of the own one in the model"
+            columns = ["adapters", "composed", "on rows of", *kinds, "worst matrix"]
+            yield Result(f"composition-crosstalk-{size}-where", f"{title}, where", f"{setting}: {of}", columns, where)
 
     def _scores(self) -> Result | None:
         rows = []
@@ -257,6 +281,30 @@ def _scored(found: Mapping[str, Any]) -> str:
 def _nll(found: Mapping[str, Any], rows: int | None = None) -> float:
     """Nats per answer token, of the first rows or of all."""
     return sum(found["nats"][:rows]) / sum(found["tokens"][:rows])
+
+
+def _heard(found: Mapping[str, Any], on: str) -> list[str]:
+    """What the updates do on one task's rows, all matrices together, and what it costs."""
+    loss, updates = found["losses"][on], found["total"][on]
+    shares = ["" if of == on else _percent(figures["harm_share"]) for of, figures in updates.items()]
+    gains = {of: -change["change"] for of, change in loss["without"].items() if of != on}
+    most = max(gains, key=lambda of: gains[of])
+    error = loss["without"][most]["error"]
+    gain = f"{gains[most]:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    return [*shares, _percent(loss["retention"]), f"{gain} ({most})" if gains[most] > 0 else ""]
+
+
+def _where(found: Mapping[str, Any], on: str) -> list[str]:
+    """In what kinds of matrices others are heard on one task's rows, and the matrix in which that harms it most."""
+    own = found["total"][on][on]["harm"]
+    shares = [_percent(harm[on] / own if own else None) for harm in found["kinds"].values()]
+    worst = next((culprit for culprit in found["worst"] if culprit["on"] == on), None)
+    module = "" if worst is None else worst["module"].removeprefix("model.")
+    return [*shares, "" if worst is None else f"{module}, of {worst['of']}: {_percent(worst['share'])} of all harm"]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
 
 
 def _means(rows: Sequence[Sequence[float]]) -> list[str]:

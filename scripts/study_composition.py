@@ -2,7 +2,7 @@
 """Composition quality on a real model and real data: what tasks keep of their own gain when they are merged, ours and
 peers, at equal numbers of trained values (docs/composition.md).
 
-    scripts/study_composition.py --data DIR --work DIR [--only pair,seeds,eight,four,scores]
+    scripts/study_composition.py --data DIR --work DIR [--only pair,seeds,eight,four,scores,crosstalk]
     scripts/study_composition.py --work DIR --quick      the same on a toy of random weights: shows that all of it runs
 
 DIR of --data holds math/{train,test}.jsonl and commonsense/{train,test}.jsonl, rows with the fields subset,
@@ -14,6 +14,7 @@ training files; the tables are of test rows.
 
     pair     merges of math and commonsense, one seed       eight, four    merges of tasks cut from the same files
     seeds    the same with the other seeds                   scores        generated answers of a few of the first
+    crosstalk   who is heard on whose rows, in which matrices, in some of these
 
 The peers and how they are kept comparable: baselines.py. How ours are composed: `multisbora tune --by task` and `--by
 matrix`, `merge --method corrected`; "grid" is one lambda a task by trial, for whom gradients do not serve.
@@ -30,7 +31,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from composition_plan import FEW, FEWEST, SECTIONS, Plan, Setup
+from composition_plan import BESIDE, FEW, FEW_HEARD, FEWEST, SECTIONS, Plan, Setup
 from composition_runs import Store, say, work_off
 from composition_steps import Steps
 from composition_tables import Tables
@@ -44,6 +45,7 @@ from multisbora.penalty import STRENGTH
 from multisbora.stream import fingerprint
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_SECTIONS = (*SECTIONS, *BESIDE)
 
 
 def ranks(geometry: Geometry, targets: Sequence[str], rank: int, tasks: int) -> dict[str, int]:
@@ -101,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", type=Path, help="folder of the rows (not for --quick and --report)")
     add("--work", type=Path, required=True, help="folder of all that is made; some GB")
-    add("--only", default=",".join(SECTIONS), metavar="A,B", help=f"sections, of {','.join(SECTIONS)} (default: all)")
+    known = ",".join(_SECTIONS)
+    add("--only", default=known, metavar="A,B", help=f"sections, of {known} (default: all)")
     add("--runs", type=Path, metavar="FILE", help="what came out of each run (default: runs.jsonl in --work)")
     add("--report", action="store_true", help="run nothing, print what is there")
     add("--quick", action="store_true", help="a toy: shows that everything runs, and judges no target")
@@ -159,8 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(options, name) is None:
             setattr(options, name, value)
     sections = options.only.split(",")
-    if unknown := set(sections) - set(SECTIONS):
-        parser.error(f"--only {unknown.pop()} is no section: they are {', '.join(SECTIONS)}")
+    if unknown := set(sections) - set(_SECTIONS):
+        parser.error(f"--only {unknown.pop()} is no section: they are {', '.join(_SECTIONS)}")
     if options.data is None and not (options.quick or options.report):
         parser.error("--data names the folder of the rows")
     if options.isolate <= 0 or options.workers < 1:
@@ -187,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not path.parent.is_dir():
         parser.error(f"--runs: {path.parent} is no folder")
     store = Store(path, commit())
-    plan = Plan(setup, store, FEW, FEW, FEWEST) if options.quick else Plan(setup, store)
+    plan = Plan(setup, store, FEW, FEW, FEWEST, FEW_HEARD) if options.quick else Plan(setup, store)
     failed: dict[str, str] = {}
     if not options.report:
         steps = Steps(work, setup, store, here=options.quick, lock=lock)

@@ -424,10 +424,10 @@ def run_study(script: Script, work: Path, *arguments: str) -> int:
 
 @pytest.fixture(scope="module")
 def done(script: Script, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work folder in which the first two sections are done."""
+    """A work folder in which three sections are done."""
     work = tmp_path_factory.mktemp("study")
     out = work / "results.json"
-    assert run_study(script, work, "--only", "pair,scores", "--json", str(out)) == 0
+    assert run_study(script, work, "--only", "pair,scores,crosstalk", "--json", str(out)) == 0
     return work
 
 
@@ -444,7 +444,8 @@ def nll(found: Any) -> float:
 def test_the_tables_say_what_the_runs_found(script: Script, done: Path) -> None:
     plan = script("composition_plan")
     results = {result.name: result for result in script("figures").read([done / "results.json"])}
-    assert list(results) == ["composition-2", "composition-2-nll", "composition-scores"]
+    heard, where = "composition-crosstalk-2", "composition-crosstalk-2-where"
+    assert list(results) == ["composition-2", "composition-2-nll", heard, where, "composition-scores"]
     lines = [(row[0], row[1]) for row in results["composition-2"].rows]
     named = script("composition_tables")._named
     assert lines == [(arm.name, named(arm, how)) for arm, hows in plan.FEW for how in hows]
@@ -462,6 +463,15 @@ def test_the_tables_say_what_the_runs_found(script: Script, done: Path) -> None:
     (row,) = (row for row in results["composition-2"].rows if row[:2] == ["LoRA", "sum, lambda 1"])
     assert row[4] == f"{kept:.1%}"
     assert [row[0] for row in results["composition-scores"].rows][:2] == ["base", "fa, isolated, --isolate: own"]
+    for name, columns in ((heard, ["math", "commonsense", "kept"]), (where, ["q_proj", "down_proj", "worst matrix"])):
+        assert set(columns) < set(results[name].columns)
+        told = [(arm.name, how, task) for _, arm, how in plan.FEW_HEARD for task in ("math", "commonsense")]
+        assert [tuple(row[:3]) for row in results[name].rows] == told
+    looks = (run for run in runs.values() if run["kind"] == "crosstalk")
+    look = next(run["result"] for run in looks if run["name"] == "fa, random lambda 1 2t s0")
+    harm = {of: figures["harm"] for of, figures in look["total"]["math"].items()}
+    assert results[heard].rows[0][3:5] == ["", f"{harm['commonsense'] / harm['math']:.1%}"]
+    assert math.isclose(sum(kind["math"] for kind in look["kinds"].values()), harm["commonsense"])
     page = "".join(f"<!-- figures {name} -->\n<!-- end {name} -->\n" for name in results)
     assert "sum, lambda 1" in script("figures").fill(page, list(results.values()))
 
