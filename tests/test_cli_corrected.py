@@ -180,6 +180,18 @@ def test_flags_that_do_not_fit(trained: Path, run: Run) -> None:
         assert_refused(wrong, 2, "is no positive number", progress=True)
 
 
+def test_corrected_values_are_corrected_no_second_time(trained: Path, run: Run) -> None:
+    """Neither by an edit, nor while lambdas are tuned: the checkpoint stays as it was."""
+    assert run("measure", "--tasks", "adding,doubling").code == 0
+    assert run("merge", "--output", "one", "--tasks", "adding", "--method", "corrected").code == 0
+    edit_json(Path("adapters/doubling/training.json"), tuned={"by": "channel", "ridge": 0.01})
+    before = tree(Path("one"))
+    words = ("adapters/doubling has corrected values", "no second time", "give the adapters that were trained")
+    assert_refused(run("add", "one", "--task", "doubling"), 2, *words, progress=True)
+    assert_refused(run("tune", "--corrected", "--tasks", "adding,doubling"), 2, *words, progress=True)
+    assert tree(Path("one")) == before
+
+
 def test_a_task_joins_elsewhere(trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no project is, nobody knows the moments; to take one out nobody has to."""
     assert run("measure", "--tasks", "adding,doubling").code == 0
