@@ -60,14 +60,6 @@ def tune(
         ),
     ] = None,
     rows: Annotated[int, typer.Option("--rows", min=2, help="Rows of each task: half to learn, half to judge.")] = 128,
-    train_rows: Annotated[
-        int | None,
-        typer.Option(
-            "--train-rows",
-            min=0,
-            help="Training rows of each task to learn by as well; as many as the dev rows are too few, if not given.",
-        ),
-    ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the gradient, or trials of the search.")] = 32,
     method: Annotated[
         str, typer.Option("--method", help="gradient, or search: for few lambdas, where there are no gradients.")
@@ -122,7 +114,6 @@ def tune(
         method=method,
         follow=follow,
         rows=rows,
-        train_rows=train_rows,
         steps=steps,
         slack=slack,
         regular=regular,

@@ -16,9 +16,6 @@ Followed are the answers of the rows, or what each task's own adapter says in th
 
 which tells more of fewer tokens, has its least where the composition is the own adapter, and may look at the rows that
 this adapter learned. Or both in turn, step by step: answers of dev rows, and own adapters on training rows.
-
-A task with few dev rows has few to follow, and many lambdas soon know them by heart: answers of training rows make up
-for what is missing there. Only dev rows judge.
 """
 
 from __future__ import annotations
@@ -164,7 +161,6 @@ def tune(
     method: Method = "gradient",
     follow: Follow = "answers",
     rows: int = 128,
-    train_rows: int | None = None,
     steps: int = 32,
     slack: float = 0.01,
     regular: float = 0.5,
@@ -201,8 +197,6 @@ def tune(
             the rows and own adapters on as many training rows more. Of a task without dev rows, training rows make
             both halves.
         rows: of each task, those that judge and those that are followed, but for the training rows of "both".
-        train_rows: training rows of each task whose answers are followed beside those of half of its dev rows; None:
-            as many as that half is short of half of `rows`.
         steps: of the gradient, or trials of the search.
         slack: share of its gain that a task may lose, against the start, for the good of the others; 0 lets none lose.
         regular: how strongly a task's lambdas are pulled towards their mean (or to the pattern of the start, moved by
@@ -222,7 +216,7 @@ def tune(
         AdapterError, MergeError, CheckpointError: what could not be merged either.
         TrainingError: a loss that is not finite, or no gradient to be had.
     """
-    _check(by, method, follow, rows, train_rows, steps, slack, regular, seed)
+    _check(by, method, follow, rows, steps, slack, regular, seed)
     loaded = load(adapters)
     names = [adapter.task for adapter in loaded]
     weights = resolve(names, start)
@@ -249,7 +243,7 @@ def tune(
     parts: list[tuple[list[Example], ...]] = []  # of each task: by way what is followed, and what judges
     for adapter in loaded:
         _tell_recipe(adapter, known[adapter.task], say)
-        part = _rows(known[adapter.task], tokenizer, rows, train_rows, follow, say)
+        part = _rows(known[adapter.task], tokenizer, rows, follow, say)
         remedy, loss = "lower training.cutoff of its recipe to {known}", "lambdas from its longest rows say little"
         check_fit(config, [*chain(*part)], f"task {adapter.task}", remedy, loss, say)
         parts.append(part)
@@ -405,30 +399,14 @@ def _gains(names: Sequence[str], halves: Sequence[Half], say: Say) -> Flags:
 # ---------------------------------------------------------------------------------------------------------- checking
 
 
-def _check(
-    by: str,
-    method: str,
-    follow: str,
-    rows: int,
-    train_rows: int | None,
-    steps: int,
-    slack: float,
-    regular: float,
-    seed: int,
-) -> None:
+def _check(by: str, method: str, follow: str, rows: int, steps: int, slack: float, regular: float, seed: int) -> None:
     check_by(by)
     for what, told, known in (("method", method, get_args(Method)), ("follow", follow, get_args(Follow))):
         if told not in known:
             raise UsageError(f"{what} {told!r} is unknown: use {' or '.join(known)}")
     if method == "search" and follow != "answers":
         raise UsageError("a search follows the answers: use method gradient, or follow answers")
-    if train_rows is not None and follow != "answers":
-        raise UsageError(
-            f"train_rows is how many answers of training rows are followed, and follow {follow} looks at own adapters "
-            "on them: leave it out, or follow answers"
-        )
-    least_of = {"rows": (rows, 2), "train_rows": (train_rows or 0, 0), "steps": (steps, 1)}
-    for name, (value, least) in (least_of | {"slack": (slack, 0), "regular": (regular, 0)}).items():
+    for name, value, least in (("rows", rows, 2), ("steps", steps, 1), ("slack", slack, 0), ("regular", regular, 0)):
         if not least <= value < math.inf:
             raise UsageError(f"{name} must be at least {least} and finite, got {value}")
     if not 0 <= seed <= MOST_SEED:
@@ -507,32 +485,18 @@ def _tell_recipe(adapter: Adapter, recipe: Recipe, say: Say) -> None:
         )
 
 
-def _rows(
-    recipe: Recipe, tokenizer: Any, rows: int, train_rows: int | None, follow: Follow, say: Say
-) -> tuple[list[Example], ...]:
+def _rows(recipe: Recipe, tokenizer: Any, rows: int, follow: Follow, say: Say) -> tuple[list[Example], ...]:
     """Examples to follow, of each way to do so, and last examples to judge by.
 
     Raises:
-        DataError: there are none, or not two prompts for two halves, or training rows that are to come on top of
-            training rows.
+        DataError: there are none, or not two prompts for two halves.
     """
     held_out = recipe.dev is not None or recipe.dev_size is not None
-    if train_rows and not held_out:
-        raise DataError(
-            f"task {recipe.name} has no dev rows, so that training rows stand for them, and none can be followed "
-            "beside: set dev_size, or leave train_rows out"
-        )
     own = probe(recipe, tokenizer, rows - rows // 2, say, learned=True) if held_out and follow != "answers" else []
     if held_out and follow == "own":
         return own, probe(recipe, tokenizer, rows // 2, say)
     learn, judge = _halves(probe(recipe, tokenizer, rows, say, least=2), recipe.name)
-    if follow == "both":
-        return learn, own or learn, judge
-    short = rows // 2 - len(learn) if train_rows is None else train_rows
-    if held_out and short > 0:
-        say(f"task {recipe.name}: {len(learn)} of its dev rows are followed, and up to {short} training rows")
-        learn = learn + probe(recipe, tokenizer, short, say, learned=True)
-    return learn, judge
+    return (learn, own or learn, judge) if follow == "both" else (learn, judge)
 
 
 def _halves(examples: Sequence[Example], task: str) -> tuple[list[Example], list[Example]]:

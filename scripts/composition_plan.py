@@ -55,13 +55,11 @@ ONE, BY_TASK, BY_MATRIX, GRID = "lambda 1", "tuned by task", "tuned by matrix", 
 CORRECTED, CORRECTED_TUNED = "corrected", "corrected, tuned by matrix"
 BY_CHANNEL, CORRECTED_CHANNEL = "tuned by channel", "corrected, tuned by channel"
 TUNINGS = {BY_TASK: "task", BY_MATRIX: "matrix", CORRECTED_TUNED: "matrix"}
-# With as many rows and steps as two tasks have, however many there are; with training rows for those that have fewer
-# dev rows; and after own adapters or both.
+# With as many rows and steps as two tasks have, however many there are; and the same, after own adapters or both.
 MORE_CHANNEL = f"{CORRECTED_CHANNEL}, more rows"
-FILLED_CHANNEL = f"{MORE_CHANNEL}, filled up"
 FOLLOWS = {f"{CORRECTED_CHANNEL}, follow {what}": what for what in ("own", "both")}
 OWN_CHANNEL, BOTH_CHANNEL = FOLLOWS
-CHANNELS = dict.fromkeys((CORRECTED_CHANNEL, MORE_CHANNEL, FILLED_CHANNEL, *FOLLOWS), CORRECTED_TUNED)
+CHANNELS = dict.fromkeys((CORRECTED_CHANNEL, MORE_CHANNEL, *FOLLOWS), CORRECTED_TUNED)
 BEFORE = {BY_CHANNEL: BY_MATRIX} | CHANNELS  # lambdas by matrix, where those by channel start
 # One lambda for all that needs no rows, by how many tasks there are.
 ROOT, MEAN = "lambda 1/sqrt(tasks)", "lambda 1/tasks"
@@ -113,7 +111,7 @@ AGAIN: tuple[Wave, ...] = (
     (FA, (BY_MATRIX,)),
 )
 MANY: tuple[Wave, ...] = (
-    (FA_BOTH, (ONE, *SOLVED, CORRECTED_CHANNEL, MORE_CHANNEL, FILLED_CHANNEL, MEAN)),
+    (FA_BOTH, (ONE, *SOLVED, CORRECTED_CHANNEL, MORE_CHANNEL, MEAN)),
     (JOINT, (ONE,)),
     (LORA, (SUMS[0], *OTHERS)),
     (FA, (ONE, CORRECTED, MEAN)),
@@ -135,7 +133,7 @@ HEARD: tuple[Heard, ...] = (
     (2, FA_BOTH, ONE),
     (8, FA, ONE),
     (8, FA_BOTH, ONE),
-    (8, FA_BOTH, FILLED_CHANNEL),
+    (8, FA_BOTH, MORE_CHANNEL),
 )
 HEADLINES = {2: (FA_BOTH, BY_MATRIX), 8: (FA_BOTH, MORE_CHANNEL)}  # what the targets are set for
 # Of --quick: every way to train and to compose at least once, and two of them for merges of 4 and 8.
@@ -378,7 +376,6 @@ class Plan:
                 spec |= {"rows": self.setup.tuned, "steps": self.setup.tune_steps}
             spec |= {"corrected": True} if cell.how in CHANNELS else {}
             spec |= {"follow": FOLLOWS[cell.how]} if cell.how in FOLLOWS else {}
-            spec |= {"filled": True} if cell.how == FILLED_CHANNEL else {}
             return Run("tune", f"{name} {cell.how}", spec, (*before.needs, before))
         if cell.how in TUNINGS:
             spec = {"tasks": tasks, "by": TUNINGS[cell.how], "rows": rows, "steps": steps}

@@ -225,10 +225,7 @@ class Steps:
         command = ["tune", "--tasks", ",".join(run.spec["tasks"]), "--by", run.spec["by"], "--json"]
         command += ["--rows", str(run.spec["rows"]), "--steps", str(run.spec["steps"])]
         command += ["--corrected"] if run.spec.get("corrected") else []
-        if "follow" in run.spec:
-            command += ["--follow", run.spec["follow"]]
-        elif not run.spec.get("filled"):
-            command += ["--train-rows", "0"]
+        command += ["--follow", run.spec["follow"]] if "follow" in run.spec else []
         if _is_by_channel(run):
             (before,) = (need for need in run.needs if need.kind == "tune")
             (folder / "start.yaml").write_text(yaml.safe_dump(self.store.result(before)["weights"]), encoding="utf-8")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from multisbora import SboraConfig, merge
 from multisbora import tune as tuning
 from multisbora.adapter import Adapter, rewrite
-from multisbora.blend import Blend, Half
+from multisbora.blend import Blend
 from multisbora.cli_composed import _tuned_lines
 from multisbora.correct import RIDGE
 from multisbora.dataset import encode, pack
@@ -512,34 +512,6 @@ def test_both_are_followed_in_turn(made: Made, monkeypatch: Any) -> None:
     assert min(kept(found, "after")) > min(kept(found, "before")) + 0.02
 
 
-@pytest.mark.parametrize(
-    ("rows", "train_rows", "extra"), [(16, None, 0), (24, None, 4), (24, 0, 0), (16, 6, 6)], ids=str
-)
-def test_training_rows_make_up_for_dev_rows(
-    made: Made, rows: int, train_rows: int | None, extra: int, monkeypatch: Any
-) -> None:
-    """Of 16 dev rows half are followed: what that is short of half of `rows` comes from the others; none judges."""
-    halves: list[list[list[list[int]]]] = []
-
-    class Watched(Half):
-        @classmethod
-        def measured(cls, blend: Blend, examples: Any, *rest: Any) -> Half:
-            halves.append([[example.input_ids for example in part] for part in examples])
-            return super().measured(blend, examples, *rest)
-
-    monkeypatch.setattr(tuning, "Half", Watched)
-    said: list[str] = []
-    found = made.tuned(rows=rows, train_rows=train_rows, steps=2, say=said.append)
-    assert {(task.learned, task.rows) for task in found.tasks.values()} == {(8 + extra, 8)}
-    followed, judged = halves
-    for recipe, ours, theirs in zip(made.recipes, followed, judged, strict=True):
-        learned = [row.input_ids for row in probe(recipe, load_tokenizer(made.base), 40, print, learned=True)]
-        assert [row in learned for row in ours] == [False] * 8 + [True] * extra
-        assert not any(row in ours or row in learned for row in theirs)
-    told = [f"task {task}: 8 of its dev rows are followed, and up to {extra} training rows" for task in TASKS]
-    assert [line for line in said if "are followed" in line] == (told if extra else [])
-
-
 @pytest.mark.parametrize("follow", ["own", "both"])
 def test_without_dev_rows_own_adapters_are_followed_on_half_of_the_others(made: Made, follow: Any) -> None:
     recipes = [Recipe.model_validate({**r.model_dump(mode="json"), "dev": None}) for r in made.recipes]
@@ -547,13 +519,6 @@ def test_without_dev_rows_own_adapters_are_followed_on_half_of_the_others(made: 
     found = made._replace(recipes=recipes).tuned(follow=follow, steps=2, say=said.append)
     assert {(task.learned, task.rows) for task in found.tasks.values()} == {(8, 8)}
     assert sum("training rows stand for them" in line for line in said) == 2
-    assert not any("are followed" in line for line in said)
-    refused(
-        lambda: made._replace(recipes=recipes).tuned(train_rows=4),
-        DataError,
-        "task adding has no dev rows",
-        "leave train_rows out",
-    )
 
 
 @pytest.mark.parametrize("width", [1, 8])
@@ -656,8 +621,6 @@ def test_adapters_that_could_not_be_merged(made: Made, tmp_path: Path) -> None:
         ({"follow": "both", "method": "search"}, ["a search follows the answers", "gradient"]),
         ({"follow": "own", "method": "search"}, ["a search follows the answers", "gradient"]),
         ({"rows": 1}, ["rows must be at least 2"]),
-        ({"train_rows": -1}, ["train_rows must be at least 0"]),
-        ({"train_rows": 4, "follow": "own"}, ["train_rows", "follow own", "leave it out, or follow answers"]),
         ({"steps": 0}, ["steps must be at least 1"]),
         ({"slack": -0.1}, ["slack must be at least 0"]),
         ({"slack": float("nan")}, ["slack must be at least 0 and finite, got nan"]),
