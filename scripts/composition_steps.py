@@ -142,7 +142,7 @@ class Steps:
         """A project in which all of these adapters of ours lie, anew."""
         folder = self.work / "composed" / run.key
         shutil.rmtree(folder, ignore_errors=True)
-        self._on(folder, _claims_of(next(need for need in run.needs if need.kind == "train")))
+        self._on(folder, _claims_of(_trainings(run)[0]))
         (folder / "adapters").mkdir()
         for task, adapter in adapters.items():
             (folder / "adapters" / task).symlink_to(adapter)
@@ -194,14 +194,14 @@ class Steps:
 
     def _merged_of(self, run: Run) -> dict[str, str]:
         """The adapters that a run composes: those that were trained, or what tuning by channel made of them."""
-        adapters = self._adapters([need for need in run.needs if need.kind == "train"])
+        adapters = self._adapters(_trainings(run))
         for tuned in filter(_is_by_channel, run.needs):
             adapters = {task: str(self.work / "tuned" / tuned.key / task) for task in adapters}
         return adapters
 
     def _parts(self, run: Run) -> tuple[list[Run], dict[str, Any]]:
         """The adapters of a composition, and its lambdas."""
-        trainings = [need for need in run.needs if need.kind == "train"]
+        trainings = _trainings(run)
         chosen = [need for need in run.needs if need.kind in ("tune", "grid")]
         even: dict[str, Any] = {need.spec["task"]: run.spec.get("weight", 1.0) for need in trainings}
         return trainings, (self.store.result(chosen[0])["weights"] if chosen else even)
@@ -221,7 +221,7 @@ class Steps:
         return self._work(run, told | ({} if base is None else {"base": str(base)}), threads)
 
     def _tune(self, run: Run, threads: int) -> Answer:
-        folder = self._together(run, self._adapters([need for need in run.needs if need.kind == "train"]))
+        folder = self._together(run, self._adapters(_trainings(run)))
         command = ["tune", "--tasks", ",".join(run.spec["tasks"]), "--by", run.spec["by"], "--json"]
         command += ["--rows", str(run.spec["rows"]), "--steps", str(run.spec["steps"])]
         command += ["--corrected"] if run.spec.get("corrected") else []
@@ -347,6 +347,11 @@ class Steps:
             last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] or ["it said nothing"]
             raise RuntimeError(f"exit code {child.returncode}: {last[0]} (see {log})")
         return answer
+
+
+def _trainings(run: Run) -> list[Run]:
+    """Those that a run composes."""
+    return [need for need in run.needs if need.kind == "train"]
 
 
 def _claims_of(training: Run) -> Run:

@@ -214,18 +214,19 @@ class Tables:
     def _crosstalk(self) -> Iterator[Result]:
         """Who is heard on whose rows, and where: a table of each for every size of merge."""
         for size, tasks in MERGES.items():
-            heard, where, kinds = [], [], []
+            heard, where, kinds, rows = [], [], [], 0
             for cell in self.plan.heard_in():
                 runs = self._there(list(self.plan.crosstalk(cell))) if len(cell.tasks) == size else []
-                for found in (self.store.result(run) for run in runs if run.kind == "crosstalk"):
-                    kinds = list(found["kinds"])
+                for run in (run for run in runs if run.kind == "crosstalk"):
+                    found = self.store.result(run)
+                    kinds, rows = list(found["kinds"]), run.spec["rows"]
                     for on in tasks:
                         name = [cell.arm.name, _named(cell.arm, cell.how), on]
                         heard.append([*name, *_heard(found, on)])
                         where.append([*name, *_where(found, on)])
             if not heard:
                 continue
-            setting = f"{self.setting}. `multisbora crosstalk` on dev rows, at lambda 1"
+            setting = f"{self.setting}. `multisbora crosstalk` on {rows} dev rows a task, at lambda 1"
             of = "harm of each task's update on the rows of one, as a share of that of its own"
             title = f"who is heard, merge of {size}"
             columns = ["adapters", "composed", "on rows of", *tasks, "kept", "what leaving one out gains most, nats"]
@@ -235,7 +236,7 @@ class Tables:
             yield Result(f"composition-crosstalk-{size}-where", f"{title}, where", f"{setting}: {of}", columns, where)
 
     def _scores(self) -> Result | None:
-        rows = []
+        rows, asked = [], 0
         for line, cell in self.plan.scored().items():
             runs = [self.plan.score(line, task) for task in PAIR]
             if all(run is not None and self.store.has(run) for run in runs):
@@ -243,10 +244,11 @@ class Tables:
                 merged = cell is not None and not line.endswith(": own")
                 name = f"{cell.arm.name}: {_named(cell.arm, cell.how)}" if cell and merged else line
                 rows.append([name, *(_scored(one) for one in found)])
+                asked = max(asked, *(one["n"] for one in found))
         if not rows:
             return None
         columns = ["model", *(f"{task}: score (95%)" for task in PAIR)]
-        setting = f"{self.setting}. Greedy answers to {self.plan.setup.scored} test rows a task, Wilson's interval"
+        setting = f"{self.setting}. Greedy answers to {asked} test rows a task, Wilson's interval"
         return Result("composition-scores", "scores", setting, columns, rows)
 
     def _rates(self) -> Result | None:

@@ -462,6 +462,8 @@ def test_the_tables_say_what_the_runs_found(script: Script, done: Path) -> None:
     kept = (nll(base) - nll(mix)) / (nll(base) - nll(own))
     (row,) = (row for row in results["composition-2"].rows if row[:2] == ["LoRA", "sum, lambda 1"])
     assert row[4] == f"{kept:.1%}"
+    assert "Greedy answers to 2 test rows a task" in results["composition-scores"].setting
+    assert all("on 2 dev rows a task" in results[name].setting for name in (heard, where))
     assert [row[0] for row in results["composition-scores"].rows][:2] == ["base", "fa, isolated, --isolate: own"]
     for name, columns in ((heard, ["math", "commonsense", "kept"]), (where, ["q_proj", "down_proj", "worst matrix"])):
         assert set(columns) < set(results[name].columns)
