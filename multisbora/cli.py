@@ -201,6 +201,10 @@ def status(composition: Composition = None, as_json: Json = False) -> None:
     heading = f"{found['model']}, composition {found['composition']}"
     nothing = ["no task holds claims: `multisbora allocate --tasks ...`"]
     shown = [heading, "", *(table(rows) if found["tasks"] else nothing), "", *table(axes)]
+    if found["to_come"]:
+        coming = ", ".join(f"{task} ({rows} rows)" for task, rows in found["to_come"].items())
+        shown += ["", f"measured, and no claims yet: {coming}; isolated indices are left for tasks that may come,"]
+        shown += ["until `multisbora registry forget --task TASK`"]
     show(found, as_json, [*shown, *(["", *table(others)] if found["compositions"] else [])])
 
 

@@ -67,10 +67,12 @@ def resolve_targets(project: Project, tasks: Sequence[str], targets: Any) -> Any
 
 
 def status(project: Project) -> dict[str, Any]:
-    """`{"model", "composition", "tasks": {task: {...}}, "free": [{kind, axis, size, claimed, free}], "compositions"}`.
+    """`{"model", "composition", "tasks": {task: {...}}, "to_come": {task: rows}, "free": [{kind, axis, size, claimed,
+    free}], "compositions"}`.
 
-    "measured" is how many rows of a task its moments are of. "compositions" are all those of the model: their tasks,
-    and how many more of the project's kind fit into each.
+    "measured" is how many rows of a task its moments are of; of tasks that hold no claims anywhere, and that indices
+    are left for, "to_come" says it. "compositions" are all those of the model: their tasks, and how many more of the
+    project's kind fit into each.
     """
     geometry = project.geometry()
     registry = existing(project)
@@ -79,6 +81,7 @@ def status(project: Project) -> dict[str, Any]:
     taken: dict[tuple[str, int], int] = {}
     rooms: dict[str, Room] = {}
     measured: dict[str, Measured] = {}
+    held_by: set[str] = set()
     if registry is not None:
         with registry:
             geometry = registry.named(geometry)
@@ -86,6 +89,7 @@ def status(project: Project) -> dict[str, Any]:
             with registry.reading() as reader:
                 known = {task: digests(reader, project.model_name, task) for task in claims}
             measured = registry.measured(project.model_name)
+            held_by.update(*registry.compositions(project.model_name).values())
             taken = registry.claimed(project.model_name, project.composition)
             ranks = matrix_ranks(geometry, variant=project.variant, rank=project.rank, target_modules=project.targets)
             rooms = find_rooms(registry, project.model_name, ranks, project.variant)
@@ -113,6 +117,7 @@ def status(project: Project) -> dict[str, Any]:
         "model": project.model,
         "composition": project.composition,
         "tasks": tasks,
+        "to_come": {name: found.rows for name, found in measured.items() if name not in held_by},
         "free": free,
         "compositions": {name: found.to_json() for name, found in rooms.items()},
     }

@@ -52,9 +52,8 @@ def read_yaml(path: Path, kind: type[Settings], overrides: Iterable[str] = (), *
         UsageError: no such file, no valid YAML, or faults in it, all of them named.
     """
     content = load_yaml(path)
-    for override in overrides:
-        _override(content, override)
-    return check({**given, **content}, kind, str(path))
+    overridden = {_override(content, override) for override in overrides}
+    return check({**given, **content}, kind, str(path), overridden=overridden)
 
 
 def load_yaml(path: Path) -> dict[Any, Any]:
@@ -81,13 +80,18 @@ def load_yaml(path: Path) -> dict[Any, Any]:
 
 
 def check(
-    content: dict[str, Any], kind: type[Settings], where: str | None = None, flags: Collection[str] = ()
+    content: dict[str, Any],
+    kind: type[Settings],
+    where: str | None = None,
+    flags: Collection[str] = (),
+    overridden: Collection[str] = (),
 ) -> Settings:
     """A settings object of `content`.
 
     Args:
         where: its source, in messages.
         flags: keys that come from the command line, where their names are these with two dashes.
+        overridden: dotted keys whose values come from the command line, and not from `where`.
 
     Raises:
         UsageError: faults, all of them named.
@@ -95,7 +99,7 @@ def check(
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        faults = "; ".join(dict.fromkeys(_fault(dict(fault), kind, flags) for fault in error.errors()))
+        faults = "; ".join(dict.fromkeys(_fault(dict(fault), kind, flags, overridden) for fault in error.errors()))
         raise UsageError(f"{where}: {faults}" if where else faults) from None
 
 
@@ -104,7 +108,8 @@ def unfit(reason: str) -> PydanticCustomError:
     return PydanticCustomError("unfit", "{reason}", {"reason": reason})
 
 
-def _override(content: dict[str, Any], override: str) -> None:
+def _override(content: dict[str, Any], override: str) -> str:
+    """Put a value in its place, and say which key it has."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UsageError(f"--set {override!r} is not KEY=VALUE, for example training.learning_rate=1e-4")
@@ -123,6 +128,7 @@ def _override(content: dict[str, Any], override: str) -> None:
             inner = place[parent] = {}
         place = inner
     place[last] = value
+    return key
 
 
 def _problem(error: Exception) -> str:
@@ -132,9 +138,11 @@ def _problem(error: Exception) -> str:
     return f"{f'line {mark.line + 1}: ' if mark else ''}{' '.join(problem.split())}"
 
 
-def _fault(fault: dict[str, Any], kind: type[Strict], flags: Collection[str]) -> str:
+def _fault(fault: dict[str, Any], kind: type[Strict], flags: Collection[str], overridden: Collection[str]) -> str:
     place = [str(part) for part in fault["loc"]]
     key = f"--{place[0]}" if place and place[0] in flags else ".".join(place)
+    if key in overridden:
+        key += " (from the command line)"
     if fault["type"] == "extra_forbidden":
         known = _keys(kind, place[:-1])
         near = difflib.get_close_matches(place[-1], known, n=1)

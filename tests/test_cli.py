@@ -231,6 +231,7 @@ def test_allocation_is_all_or_nothing(project: Path, run: Run) -> None:
         (["merge", "--output", "merged"], 1, ["multisbora allocate"]),
         (["release", "--task", "adding"], 1, ["multisbora allocate"]),
         (["train", "--task", "adding", "--set", "training.epoch=1"], 2, ["training.epoch", "did you mean epochs?"]),
+        (["train", "--task", "adding", "--isolate", "-1"], 2, ["training.isolate (from the command line)", "got -1"]),
         (["train", "--task", "adding", "--set", "nonsense"], 2, ["KEY=VALUE"]),
         (["plan", "--model", ""], 2, ["--model", "names no base model"]),
         (["init", "--model", " "], 2, ["--model", "names no base model"]),

@@ -48,6 +48,8 @@ def test_before_and_after_allocation(project: Path, run: Run) -> None:
     assert told["adding"] | {"tokens": 0, "base_fingerprint": ""} == {
         **{"rows": 8, "tokens": 0, "source": "task", "matrices": 14, "channels": 0, "base_fingerprint": ""},
     }
+    assert run("status", "--json").json["to_come"] == {"adding": 8, "doubling": 8}
+    assert "no claims yet: adding (8 rows), doubling (8 rows)" in run("status").out
     first = moments("adding")
     assert first.rows == 8 and first.tokens == told["adding"]["tokens"]
     assert {module.rpartition(".")[2] for module in first.sites} == set(KINDS)
@@ -61,7 +63,8 @@ def test_before_and_after_allocation(project: Path, run: Run) -> None:
         ["adding", "task", "8", str(first.tokens), "14", "48"],  # 3 kinds in 2 layers, 2 tasks of rank 4
         ["doubling", "task", "8", str(told["doubling"]["tokens"]), "14", "48"],
     ]
-    assert run("status", "--json").json["tasks"]["adding"]["measured"] == 8
+    status = run("status", "--json").json
+    assert status["tasks"]["adding"]["measured"] == 8 and status["to_come"] == {}
     assert "rows measured" in run("status").out
     second = moments("adding")
     with registry() as opened:
