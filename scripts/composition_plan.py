@@ -115,6 +115,7 @@ MANY: tuple[Wave, ...] = (
     (JOINT, (ONE,)),
     (LORA, (SUMS[0], *OTHERS)),
     (FA, (ONE, CORRECTED, MEAN)),
+    (FA_QUIET, (ONE, *SOLVED, MORE_CHANNEL)),
     (FA_BOTH, (BY_MATRIX, OWN_CHANNEL, BOTH_CHANNEL, BY_CHANNEL)),
     (LORA, SUMS[1:]),
     (OVERLAP, (ONE, GRID)),
