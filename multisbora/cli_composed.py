@@ -28,6 +28,7 @@ def crosstalk(
     composition: Composition = None,
     set_: Set = None,
     as_json: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Measure what tasks do to each other: on each other's activations, in every matrix, and on each other's loss.
 
@@ -40,10 +41,19 @@ def crosstalk(
 
     project = Project.load(composition=composition)
     found = measure_crosstalk(
-        project, split(tasks), rows, weight or [], weights_from, base_view, set_ or [], plot, quiet_libraries, say
+        project,
+        split(tasks),
+        rows,
+        weight or [],
+        weights_from,
+        base_view,
+        set_ or [],
+        plot,
+        dry_run,
+        quiet_libraries,
+        say,
     )
-    drawn = [] if plot is None else ["", f"wrote {plot}"]
-    show(found.to_json(worst), as_json, [*_lines(found, worst), *drawn])
+    show(found.to_json(worst), as_json, _lines(found, worst, plot))
 
 
 def tune(
@@ -166,8 +176,11 @@ def _kept(retention: float | None) -> str:
     return "-" if retention is None else f"{retention:.1%}"
 
 
-def _lines(found: Crosstalk, worst: int) -> list[str]:
+def _lines(found: Crosstalk, worst: int, plot: Path | None) -> list[str]:
     """What people are told of crosstalk."""
+    if not found.losses:
+        drawn = "" if plot is None else f" and write {plot}"
+        return [f"would send {found.passes} rows of {', '.join(found.tasks)} through the model{drawn}"]
     losses: list[tuple[object, ...]] = [("task", "rows", "lambda", "base", "own", "merged", "retention")]
     for task, loss in found.losses.items():
         figures = (f"{value:.4f}" for value in (loss.base, loss.solo, loss.merged))
@@ -191,7 +204,7 @@ def _lines(found: Crosstalk, worst: int) -> list[str]:
         culprits.append((culprit.on, culprit.of, culprit.module, f"{culprit.share:.1%}", own))
     if len(culprits) > 1:
         lines += ["", "the matrices that do the harm", *table(culprits)]
-    return lines
+    return lines if plot is None else [*lines, "", f"wrote {plot}"]
 
 
 def _lambda(weight: TaskWeight) -> str:

@@ -36,6 +36,7 @@ def measure_crosstalk(
     base_view: str | None,
     overrides: Sequence[str],
     plot: Path | None,
+    dry_run: bool,
     quiet: Callable[[], None],
     say: Say,
 ) -> Crosstalk:
@@ -65,9 +66,10 @@ def measure_crosstalk(
             rows=ROWS if rows is None else rows,
             weights=weights,
             base_view=base_view,
+            dry_run=dry_run,
             say=say,
         )
-    if plot is not None:
+    if plot is not None and not dry_run:
         from .heatmap import draw
 
         draw(found, plot)

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -134,13 +135,15 @@ class Crosstalk:
 
     Attributes:
         weights: task -> lambda.
-        losses: task -> loss of its rows.
-        matrices: module -> effect, of every matrix that a task adapts.
+        losses: task -> loss of its rows; empty in a dry run.
+        matrices: module -> effect, of every matrix that a task adapts; empty in a dry run.
+        passes: rows that go through the model for it, each as often as it does.
     """
 
     weights: dict[str, TaskWeight]
     losses: dict[str, Losses]
     matrices: dict[str, Effect]
+    passes: int
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -170,12 +173,16 @@ class Crosstalk:
         return found
 
     def to_json(self, worst: int = 5) -> dict[str, Any]:
-        """`{"tasks": {task: {...}}, "total": {...}, "matrices": {module: {...}}, "worst": [...]}`.
+        """`{"passes": rows, "tasks": {task: {...}}, "total": {...}, "matrices": {module: {...}}, "worst": [...]}`.
 
-        "total" and each matrix are as `Effect.to_json` says.
+        "total" and each matrix are as `Effect.to_json` says. Of a dry run there are "passes", and the tasks' lambdas.
         """
+        tasks: dict[str, dict[str, Any]] = {task: {"weight": w.to_json()} for task, w in self.weights.items()}
+        if not self.losses:
+            return {"passes": self.passes, "tasks": tasks}
         return {
-            "tasks": {task: {"weight": w.to_json(), **self.losses[task].to_json()} for task, w in self.weights.items()},
+            "passes": self.passes,
+            "tasks": {task: told | self.losses[task].to_json() for task, told in tasks.items()},
             "total": self.total.to_json(self.tasks),
             "matrices": {module: effect.to_json(self.tasks) for module, effect in self.matrices.items()},
             "worst": [culprit.to_json() for culprit in self.worst(worst)],
@@ -193,6 +200,7 @@ def crosstalk(
     rows: int = ROWS,
     weights: Mapping[str, Weight | TaskWeight] | None = None,
     base_view: str | None = None,
+    dry_run: bool = False,
     say: Say = lambda message: None,
 ) -> Crosstalk:
     """Measure what tasks do to each other on their own rows: dev rows where their recipes have some, see `probe`.
@@ -208,6 +216,7 @@ def crosstalk(
         weights: lambdas as `merge` takes them, 1 where none is given. Any finite number will do: a task at 0 is left
             out of the composition, one below 0 is subtracted.
         base_view: "original" has adapters that were trained on a quantised base looked at on the base as it is stored.
+        dry_run: check everything, the model's files too, and compute nothing.
         say: told what a person should know.
 
     Raises:
@@ -233,15 +242,15 @@ def crosstalk(
     for task, found in examples.items():
         remedy, loss = "lower training.cutoff of its recipe to {known}", "figures of its longest rows say little"
         check_fit(plain.config, found, f"task {task}", remedy, loss, say)
+    compositions = _compositions(lambdas)
+    passes = sum(len(examples[task]) for task in chain(by_task, *compositions.values()))
+    if dry_run:
+        return Crosstalk(lambdas, {}, {}, passes)
     names = {adapter.task: name for adapter, name in zip(read, model.peft_config, strict=True)}
     watches = {module: Watch(layer, list(names.values())) for module, layer in model.base_model.named_layers()}
-    compositions = _compositions(lambdas)
-    passes = [*by_task, *(task for tasks in compositions.values() for task in tasks)]
     nats: dict[tuple[_Composition, str], Figures] = {}
     grams = {}
-    with tqdm(
-        total=sum(len(examples[t]) for t in passes), desc="crosstalk", unit="row", leave=False, disable=None
-    ) as bar:
+    with tqdm(total=passes, desc="crosstalk", unit="row", leave=False, disable=None) as bar:
         with composed(model, {}):
             for task, found in examples.items():
                 grams[task] = observe(plain, watches, found)
@@ -257,7 +266,8 @@ def crosstalk(
         module: Effect.of([grams[task][module] for task in lambdas], [w.at(module) for w in lambdas.values()])
         for module in watches
     }
-    return Crosstalk(lambdas, {task: _losses(task, lambdas, examples[task], nats) for task in lambdas}, effects)
+    losses = {task: _losses(task, lambdas, examples[task], nats) for task in lambdas}
+    return Crosstalk(lambdas, losses, effects, passes)
 
 
 def _match(adapters: Sequence[Adapter], recipes: Sequence[Recipe]) -> dict[str, Recipe]:

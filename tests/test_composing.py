@@ -35,6 +35,18 @@ def test_crosstalk(trained: Path, run: Run) -> None:
     assert shown["tasks"]["adding"]["rows"] == 5
 
 
+def test_crosstalk_is_checked_and_not_measured_by_a_dry_run(trained: Path, run: Run) -> None:
+    asked = ("crosstalk", "--rows", "5", "--plot", "map.png")
+    would = run(*asked, "--dry-run")
+    assert would.code == 0 and not Path("map.png").exists()
+    assert would.out == "would send 50 rows of adding, doubling through the model and write map.png\n"
+    told, found = run(*asked, "--json", "--dry-run").json, run(*asked, "--json").json
+    assert told == {"passes": 50, "tasks": {"adding": {"weight": 1.0}, "doubling": {"weight": 1.0}}}
+    assert found["passes"] == told["passes"]
+    assert_refused(run("crosstalk", "--tasks", "adding", "--dry-run"), 2, "crosstalk is between tasks")
+    assert_refused(run(*asked, "--dry-run"), 1, "map.png")  # which is there now
+
+
 def test_tuned_by_channel_merged_proven_and_taken_out_again(trained: Path, run: Run) -> None:
     tuned = ("tune", "--by", "channel", "--rows", "8", "--steps", "4", "--slack", "5", "--output", "tuned")
     would = run(*tuned, "--dry-run")

@@ -39,7 +39,7 @@ def made(count: int = 2, layers: int = 2, scale: float = 1.0) -> Crosstalk:
         for kind in ("self_attn.q_proj", "mlp.down_proj")
     }
     found = {task: losses(*(0.1 * j - 0.2 * i for j in range(count))) for i, task in enumerate(tasks)}
-    return Crosstalk(dict.fromkeys(tasks, TaskWeight()), found, matrices)
+    return Crosstalk(dict.fromkeys(tasks, TaskWeight()), found, matrices, 0)
 
 
 def test_where_the_harm_is() -> None:
@@ -49,7 +49,7 @@ def test_where_the_harm_is() -> None:
         "model.layers.2.mlp.experts.1.up": effect([1.0, 0.25], [1.0, 0.0]),
         "lm_head": effect([4.0, 1.0], [0.0, 0.0]),
     }
-    found = Crosstalk({"a": TaskWeight(), "b": TaskWeight()}, {}, matrices)
+    found = Crosstalk({"a": TaskWeight(), "b": TaskWeight()}, {}, matrices, 0)
     layers, kinds, shares = by_layer(found)
     assert layers == ["-", "2", "10"]
     assert kinds == ["self_attn.q_proj", "mlp.experts.*.up", "lm_head"]
@@ -79,6 +79,7 @@ def test_a_picture_of_nothing(tmp_path: Path) -> None:
             {"task0": TaskWeight(), "task1": TaskWeight()},
             {"task0": losses(0.0, 0.0), "task1": losses(0.0, 0.0)},
             {"lm_head": nothing},
+            0,
         ),
         tmp_path / "nothing.png",
     )
