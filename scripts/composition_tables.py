@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from composition_plan import (
+    BEFORE,
     CORRECTED,
     FA,
     FAMILIES,
@@ -222,11 +223,13 @@ class Tables:
                     kinds, rows = list(found["kinds"]), run.spec["rows"]
                     for on in tasks:
                         name = [cell.arm.name, _named(cell.arm, cell.how), on]
-                        heard.append([*name, *_heard(found, on)])
+                        heard.append([*name, *_heard(found, on, tuned=cell.how in BEFORE)])
                         where.append([*name, *_where(found, on)])
             if not heard:
                 continue
             setting = f"{self.setting}. `multisbora crosstalk` on {rows} dev rows a task, at lambda 1"
+            if any(cell.how in BEFORE for cell in self.plan.heard_in() if len(cell.tasks) == size):
+                setting += "; by channel, lambdas are in the values, which are a task's own here, if not all it trained"
             of = "harm of each task's update on the rows of one, as a share of that of its own"
             title = f"who is heard, merge of {size}"
             columns = ["adapters", "composed", "on rows of", *tasks, "kept", "what leaving one out gains most, nats"]
@@ -285,15 +288,19 @@ def _nll(found: Mapping[str, Any], rows: int | None = None) -> float:
     return sum(found["nats"][:rows]) / sum(found["tokens"][:rows])
 
 
-def _heard(found: Mapping[str, Any], on: str) -> list[str]:
-    """What the updates do on one task's rows, all matrices together, and what it costs."""
+def _heard(found: Mapping[str, Any], on: str, tuned: bool) -> list[str]:
+    """What the updates do on one task's rows, all matrices together, and what it costs.
+
+    Of values that have lambdas in them nothing is "kept": one task's alone are not the adapter that it trained.
+    """
     loss, updates = found["losses"][on], found["total"][on]
     shares = ["" if of == on else _percent(figures["harm_share"]) for of, figures in updates.items()]
     gains = {of: -change["change"] for of, change in loss["without"].items() if of != on}
     most = max(gains, key=lambda of: gains[of])
     error = loss["without"][most]["error"]
     gain = f"{gains[most]:.3f}" + ("" if error is None else f" ± {error:.3f}")
-    return [*shares, _percent(loss["retention"]), f"{gain} ({most})" if gains[most] > 0 else ""]
+    kept = "" if tuned else _percent(loss["retention"])
+    return [*shares, kept, f"{gain} ({most})" if gains[most] > 0 else ""]
 
 
 def _where(found: Mapping[str, Any], on: str) -> list[str]:

@@ -469,6 +469,8 @@ def test_the_tables_say_what_the_runs_found(script: Script, done: Path) -> None:
         assert set(columns) < set(results[name].columns)
         told = [(arm.name, how, task) for _, arm, how in plan.FEW_HEARD for task in ("math", "commonsense")]
         assert [tuple(row[:3]) for row in results[name].rows] == told
+    kept = [row[-2] for row in results[heard].rows]
+    assert all(kept[:2]) and kept[2:] == ["", ""] and "lambdas are in the values" in results[heard].setting
     looks = (run for run in runs.values() if run["kind"] == "crosstalk")
     look = next(run["result"] for run in looks if run["name"] == "fa, random lambda 1 2t s0")
     harm = {of: figures["harm"] for of, figures in look["total"]["math"].items()}
