@@ -351,7 +351,7 @@ def test_the_matrices_that_do_the_harm(measured: Crosstalk) -> None:
 
 def test_json(measured: Crosstalk) -> None:
     shown = json.loads(json.dumps(measured.to_json(worst=2), allow_nan=False))
-    assert list(shown) == ["tasks", "total", "matrices", "worst"]
+    assert list(shown) == ["passes", "tasks", "total", "matrices", "worst"]
     assert list(shown["tasks"]) == list(TASKS) == list(shown["total"])
     assert shown["tasks"]["words"]["weight"] == LAMBDAS["words"]
     losses = measured.losses["sums"]
