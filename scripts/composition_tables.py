@@ -229,7 +229,9 @@ class Tables:
                 continue
             setting = f"{self.setting}. `multisbora crosstalk` on {rows} dev rows a task, at lambda 1"
             if any(cell.how in BEFORE for cell in self.plan.heard_in() if len(cell.tasks) == size):
-                setting += "; by channel, lambdas are in the values, which are a task's own here, if not all it trained"
+                setting += (
+                    "; by channel, lambdas are in the values, and a task's own update is these, not what it trained"
+                )
             of = "harm of each task's update on the rows of one, as a share of that of its own"
             title = f"who is heard, merge of {size}"
             columns = ["adapters", "composed", "on rows of", *tasks, "kept", "what leaving one out gains most, nats"]
